@@ -1,0 +1,1 @@
+"""HOW it is run: packing, perturbing, running, scoring, combining."""

@@ -1,0 +1,1 @@
+"""Data-set jobs: sources, frozen plan, worker, store, report."""

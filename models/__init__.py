@@ -1,0 +1,1 @@
+"""WHAT is run: ONNX files and ONNX-to-ONNX transforms. Knows no runtime."""

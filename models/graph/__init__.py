@@ -1,0 +1,1 @@
+"""Graph readings and transforms, ONNX in and ONNX out."""
