@@ -1,0 +1,422 @@
+"""schedule -> perturb -> run -> scatter -> combine: from images to raw saliency maps, over one open model."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from .. import InputError
+from ..kernels import finish, host
+from ..models.preprocess import decode, normalise, view
+from ..models.spec import ModelSpec
+from .backends import Session
+from .opening import DEFAULT_BATCH, Loaded, batch_is_free, blank_batch, load, open_best, require_classes
+from .schedule import Run, Scheduler
+from .types import (
+    Combined,
+    Expansion,
+    Explanation,
+    Facts,
+    GridBank,
+    Item,
+    MapBank,
+    MethodCall,
+    Observation,
+    Target,
+    parse_targets,
+)
+
+Array = npt.NDArray[Any]
+
+BLUR = (51, 50.0)  # kernel size and sigma of the blurred baseline (Group-CAM's, METHODS section 2)
+
+
+def baseline_array(name: str, image: Array, spec: ModelSpec) -> Array | None:
+    """What stands for absence under a mask, in the network's units; None is zero."""
+    axes = (1, 2) if spec.layout == "NCHW" else (0, 1)
+    if name == "zero":
+        return None
+    if name == "black":
+        black = np.zeros((1, 1, spec.input_size[0]), dtype=np.uint8)
+        return normalise(black, spec, str(image.dtype))
+    if name == "mean":
+        return np.asarray(image.mean(axis=axes, keepdims=True, dtype=np.float64), dtype=np.float32)
+    channels_first = image if spec.layout == "NCHW" else image.transpose(2, 0, 1)
+    blurred = host.blur(channels_first.astype(np.float32), *BLUR)
+    return blurred if spec.layout == "NCHW" else np.ascontiguousarray(blurred.transpose(1, 2, 0))
+
+
+@dataclass(slots=True)
+class Stages:
+    """Where the time went, in seconds, and what was run."""
+
+    prepare: float = 0.0
+    perturb: float = 0.0
+    network: float = 0.0
+    score: float = 0.0
+    combine: float = 0.0
+    batches: int = 0
+    rows: int = 0
+    slots: int = 0
+
+
+@dataclass(slots=True)
+class _State:
+    item: Item
+    targets: list[tuple[int, str]] = field(default_factory=list)
+    observation: Observation | None = None
+    expansions: dict[int, Expansion] = field(default_factory=dict)
+    baselines: dict[str, Array | None] = field(default_factory=dict)
+    scores: dict[int, Array] = field(default_factory=dict)
+    left: int = 0
+
+
+class Engine:
+    """The loop: keeps a session's batches full with the observations and masked rows of many images.
+
+    Args:
+        loaded: the model.
+        session: opened on `loaded.serialized(...)`.
+        targets: the classes asked of every image.
+        batch_size: rows per call.
+        seed: of the random masks.
+        on_batch: called after every batch with its number of rows.
+    """
+
+    def __init__(
+        self,
+        loaded: Loaded,
+        session: Session,
+        targets: Sequence[Target],
+        batch_size: int,
+        seed: int = 0,
+        on_batch: Callable[[int], None] = lambda rows: None,
+    ) -> None:
+        self.loaded = loaded
+        self.session = session
+        self.targets = tuple(targets)
+        self.batch_size = batch_size
+        self.stages = Stages()
+        self._on_batch = on_batch
+        self._flexible = session.flexible and loaded.model.input.batch != batch_size
+        facts = loaded.facts
+        calls = loaded.calls
+        self._shared = [call.method.share(facts, call.parameters, seed) if call.method.share else None for call in calls]
+        self._expected = sum(call.method.passes(facts, call.parameters) for call in calls)
+        self._buffer = blank_batch(loaded, batch_size)
+        self._masks = np.empty((batch_size, *facts.size), dtype=np.float32)
+        self._states: dict[Hashable, _State] = {}
+
+    def stream(self, items: Iterable[Item]) -> Iterator[Explanation]:
+        """Explanations of all items: an item's methods and targets come together, items as they finish.
+
+        Items are drawn one by one, when the batches need them: memory does not grow with their number.
+        """
+        scheduler = Scheduler(self.batch_size, self._expected)
+        source = iter(items)
+        exhausted = False
+        while True:
+            start = time.perf_counter()
+            while not exhausted and scheduler.wants_images:
+                item = next(source, None)
+                if item is None:
+                    exhausted = True
+                    break
+                if item.key in self._states:
+                    raise ValueError(f"item {item.key!r} was given twice")
+                self._states[item.key] = _State(item)
+                scheduler.add_image(item.key)
+            self.stages.prepare += time.perf_counter() - start
+            batch = scheduler.next_batch()
+            if not batch:
+                break
+            yield from self._run(scheduler, batch)
+        self.stages.slots += scheduler.slots_issued
+
+    def _run(self, scheduler: Scheduler, batch: tuple[Run, ...]) -> Iterator[Explanation]:
+        stages, observing = self.stages, any(run.observe for run in batch)
+        clock = [time.perf_counter()]
+        rows = max(run.slots.stop for run in batch)
+        for run in batch:
+            self._fill(run)
+        clock.append(time.perf_counter())
+        names = [self.loaded.scores, *([self.loaded.tap.name] if self.loaded.tap and observing else [])]
+        size = rows if self._flexible else self.batch_size
+        outputs = self.session.run({self.loaded.model.input.name: self._buffer[:size]}, names)
+        raw = outputs[0].reshape(size, -1)
+        clock.append(time.perf_counter())
+        finished = []
+        for run in batch:
+            if run.observe:
+                features = self.loaded.tap.to_nchw(outputs[1][run.slots])[0] if self.loaded.tap else None
+                finished += self._observe(scheduler, run, raw[run.slot].astype(np.float32), features)
+            else:
+                finished += self._score(scheduler, run, raw[run.slots])
+        clock.append(time.perf_counter())
+        done = [explanation for key in finished for explanation in self._combine(key)]
+        clock.append(time.perf_counter())
+        stages.perturb += clock[1] - clock[0]
+        stages.network += clock[2] - clock[1]
+        stages.score += clock[3] - clock[2]
+        stages.combine += clock[4] - clock[3]
+        stages.batches += 1
+        stages.rows += rows
+        self._on_batch(rows)
+        yield from done
+
+    def _fill(self, run: Run) -> None:
+        place = self._buffer[run.slots]
+        if run.observe:
+            place[0] = self._states[run.key].item.image
+            return
+        key, method = run.key  # type: ignore[misc]
+        state = self._states[key]
+        expansion = state.expansions[method]
+        masks = self._masks[: run.stop - run.start]
+        bank, rows = expansion.bank, slice(run.start, run.stop)
+        if isinstance(bank, MapBank):
+            host.upsample(bank.maps[rows], self.loaded.facts.size, bank.rule, out=masks)
+        elif isinstance(bank, GridBank):
+            host.grid_masks(bank.bits[rows], bank.offsets[rows], self.loaded.facts.size, out=masks)
+        image, name = state.item.image, expansion.baseline
+        if name not in state.baselines:
+            state.baselines[name] = baseline_array(name, image, self.loaded.spec)
+        host.blend(image, masks, state.baselines[name], self.loaded.spec.layout, out=place)
+
+    def _observe(self, scheduler: Scheduler, run: Run, raw: Array, features: Array | None) -> list[Hashable]:
+        state = self._states[run.key]
+        state.observation = Observation(state.item.image, raw, features)
+        if not np.isfinite(raw).all() or (features is not None and not np.isfinite(features).all()):
+            return [run.key]
+        state.targets = self._resolve(raw, state.item.label)
+        for method, call in enumerate(self.loaded.calls):
+            shared = self._shared[method]
+            expansion = call.method.expand(self.loaded.facts, state.observation, call.parameters, shared)
+            state.expansions[method] = expansion
+            rows = len(expansion.bank) if expansion.bank is not None else 0
+            state.scores[method] = np.zeros((len(state.targets), rows), dtype=np.float32)
+            if rows:
+                scheduler.add_rows((run.key, method), rows)
+                state.left += 1
+        return [] if state.left else [run.key]
+
+    def _resolve(self, raw: Array, label: int | None) -> list[tuple[int, str]]:
+        ranked = np.argsort(-raw, kind="stable")
+        resolved: list[tuple[int, str]] = []
+        for target in self.targets:
+            if target.kind == "predicted":
+                resolved.append((int(ranked[0]), "predicted"))
+            elif target.kind == "top":
+                resolved += [(int(index), f"top{rank}") for rank, index in enumerate(ranked[: target.value], 1)]
+            elif target.kind == "label":
+                if label is None:
+                    raise InputError("target 'label' is asked, and an image has no label")
+                resolved.append((label, "label"))
+            else:
+                resolved.append((target.value, "class"))
+        return resolved
+
+    def _score(self, scheduler: Scheduler, run: Run, raw: Array) -> list[Hashable]:
+        key, method = run.key  # type: ignore[misc]
+        state = self._states[key]
+        kind = self.loaded.posterior if state.expansions[method].score == "posterior" else "none"
+        classes = np.array([target for target, _ in state.targets])
+        state.scores[method][:, run.start : run.stop] = host.class_scores(raw, classes, kind).T
+        if scheduler.complete(run):
+            state.left -= 1
+            if not state.left:
+                return [key]
+        return []
+
+    def _combine(self, key: Hashable) -> Iterator[Explanation]:
+        state = self._states.pop(key)
+        observation = state.observation
+        if observation is None:
+            raise RuntimeError(f"item {key!r} finished before it was observed")
+        raw = observation.raw
+        if not state.targets:
+            pred = int(np.nanargmax(raw)) if np.isfinite(raw).any() else -1
+            for call in self.loaded.calls:
+                for target in self.targets:
+                    for _ in range(target.count):
+                        yield self._nonfinite(key, call, -1, target.kind, float("nan"), pred, float("nan"))
+            return
+        classes = np.array([target for target, _ in state.targets])
+        pred = int(np.argmax(raw))
+        posterior = host.class_scores(raw[None], np.append(classes, pred), self.loaded.posterior)[0]
+        for method, call in enumerate(self.loaded.calls):
+            expansion, scores = state.expansions[method], state.scores[method]
+            combined = self._maps(call, observation, expansion, scores, classes)
+            for k, (target, source) in enumerate(state.targets):
+                raw_map = np.ascontiguousarray(combined.maps[k])
+                if not np.isfinite(scores[k]).all() or not np.isfinite(raw_map).all():
+                    yield self._nonfinite(key, call, target, source, float(posterior[k]), pred, float(posterior[-1]))
+                    continue
+                extras = {**expansion.extras, **combined.extras[k]}
+                if np.ptp(raw_map) == 0:
+                    extras["reason"] = "flat: every position weighs the same"
+                    raw_map = np.zeros_like(raw_map)
+                yield Explanation(
+                    key, call, target, source, float(posterior[k]), pred, float(posterior[-1]), "ok", None, raw_map, extras
+                )
+
+    def _maps(
+        self, call: MethodCall, observation: Observation, expansion: Expansion, scores: Array, classes: Array
+    ) -> Combined:
+        return call.method.combine(self.loaded.facts, observation, expansion, scores, classes, call.parameters)
+
+    def _nonfinite(
+        self, key: Hashable, call: MethodCall, target: int, source: str, score: float, pred: int, pred_score: float
+    ) -> Explanation:
+        error = "the network gave a value that is not finite"
+        return Explanation(key, call, target, source, score, pred, pred_score, "nonfinite", error, None, {})
+
+
+@dataclass(frozen=True, slots=True)
+class Result:
+    """Maps of n images and k targets each.
+
+    Attributes:
+        maps: (n, k, h, w) float32, raw: at the tap's resolution, or the input's for pixel methods. NaN where a row's
+            network output was not finite.
+        targets: (n, k) classes.
+        scores: (n, k) float32 posteriors of the targets on the unperturbed images.
+        predictions: (n,) classes.
+        extras: per image and target, counts and reasons.
+    """
+
+    maps: Array
+    targets: Array
+    scores: Array
+    predictions: Array
+    extras: tuple[tuple[Mapping[str, Any], ...], ...]
+    size: tuple[int, int]
+    finish: tuple[str, ...]
+
+    def upsampled(self) -> Array:
+        """The raw maps at the input's resolution, (n, k, H, W): bilinear, half-pixel centres."""
+        return self._each(())
+
+    def saliency(self) -> Array:
+        """The maps (n, k, H, W) finished as the method's source shows them (ReLU, min-max, in its order)."""
+        return self._each(self.finish)
+
+    def _each(self, steps: Sequence[str]) -> Array:
+        n, k, h, w = self.maps.shape
+        return finish.finish(self.maps.reshape(n * k, h, w), steps, self.size).reshape(n, k, *self.size)
+
+
+Image = str | Path | Array
+
+
+class Explainer:
+    """An open model and one method, for use from Python.
+
+    Args:
+        model: path of an ONNX file.
+        method: as on the command line, `NAME[:key=value,...]`.
+        layer: value or node to tap; None is the automatic choice.
+        backend, provider, precision, threads: as on the command line.
+        batch_size: rows per network call.
+        preprocess, labels, output: where the spec is not found beside the file.
+
+    Raises:
+        HeatmillError: the model, the method or the backend is refused.
+    """
+
+    def __init__(
+        self,
+        model: str | Path,
+        *,
+        method: str = "score-cam",
+        layer: str | None = None,
+        backend: str = "auto",
+        provider: str | None = None,
+        precision: str = "auto",
+        batch_size: int | str = "auto",
+        threads: int | None = None,
+        seed: int = 0,
+        preprocess: str | None = None,
+        labels: str | Path | None = None,
+        output: str | None = None,
+        scores: str | None = None,
+    ) -> None:
+        self._loaded = load(
+            model, [method], layer=layer, preprocess=preprocess, labels=labels, output=output, scores=scores
+        )
+        rows = DEFAULT_BATCH if batch_size == "auto" else int(batch_size)
+        if rows < 1:
+            raise InputError(f"batch size {rows}: give at least 1")
+        if not batch_is_free(self._loaded, backend, provider, precision):
+            rows = self._loaded.model.input.batch or rows
+        self._session = open_best(self._loaded, backend, provider, precision, rows, threads)
+        self._rows, self._seed = rows, seed
+
+    @property
+    def spec(self) -> ModelSpec:
+        """The model's spec, as found."""
+        return self._loaded.spec
+
+    def explain(self, images: Sequence[Image] | Array, targets: str | int | Sequence[str | int] = "predicted") -> Result:
+        """Maps of some images, in order.
+
+        Args:
+            images: paths and uint8 (H, W, c) pictures, which are preprocessed by the spec; or one float array
+                (n, c, H, W) in the network's own layout and units, taken as it is.
+            targets: `predicted`, `top3`, class numbers or names; the same for every image.
+
+        Raises:
+            InputError: an image that can't be read or has the wrong shape, or an unknown target.
+        """
+        found: dict[Hashable, list[Explanation]] = {}
+        for explanation in self.stream(images, targets):
+            found.setdefault(explanation.key, []).append(explanation)
+        rows = [found[key] for key in sorted(found)]  # type: ignore[type-var]
+        if not rows:
+            raise InputError("no images were given")
+        shape = next((e.map.shape for row in rows for e in row if e.map is not None), (1, 1))
+        blank = np.full(shape, np.nan, dtype=np.float32)
+        return Result(
+            maps=np.array([[blank if e.map is None else e.map for e in row] for row in rows]),
+            targets=np.array([[e.target for e in row] for row in rows]),
+            scores=np.array([[e.score for e in row] for row in rows], dtype=np.float32),
+            predictions=np.array([row[0].pred for row in rows]),
+            extras=tuple(tuple(e.extras for e in row) for row in rows),
+            size=self._loaded.facts.size,
+            finish=self._loaded.calls[0].method.finish(self._loaded.calls[0].parameters),
+        )
+
+    def stream(
+        self, images: Iterable[Image], targets: str | int | Sequence[str | int] = "predicted"
+    ) -> Iterator[Explanation]:
+        """As `explain`, one explanation at a time and in bounded memory; `key` is the image's position."""
+        loaded = self._loaded
+        classes = loaded.model.classes or len(loaded.spec.label_names) or 2**31
+        texts = [targets] if isinstance(targets, str | int) else list(targets)
+        parsed = parse_targets([str(text) for text in texts], classes, loaded.spec.label_names)
+        if any(target.kind == "label" for target in parsed):
+            raise InputError("target 'label' needs a manifest (heatmill explain); give the class here")
+        engine = Engine(loaded, self._session, parsed, self._rows, self._seed)
+        return engine.stream(Item(i, self._input(i, image)) for i, image in enumerate(images))
+
+    def _input(self, position: int, image: Image) -> Array:
+        spec, dtype = self._loaded.spec, self._loaded.model.input.dtype
+        if isinstance(image, str | Path):
+            try:
+                image = decode(Path(image).read_bytes(), exif=spec.exif, color=spec.color)
+            except OSError as err:
+                raise InputError(f"image {position}: {err.filename}: {err.strerror}") from None
+        elif np.issubdtype(image.dtype, np.floating):
+            expected = blank_batch(self._loaded, 1).shape[1:]
+            if image.shape != expected:
+                raise InputError(f"image {position} has shape {image.shape}; the network takes {expected}")
+            return image.astype(dtype, copy=False)
+        if image.dtype != np.uint8 or image.ndim != 3:
+            raise InputError(f"image {position}: pictures are uint8 (H, W, c), not {image.dtype} {image.shape}")
+        return normalise(view(image, spec)[0], spec, dtype)

@@ -1,0 +1,366 @@
+"""A run's folder: parts committed by one rename, and the reader of what they hold."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.parquet as pq
+import zstandard
+
+from ... import RunError
+from ...kernels.finish import finish
+from ..methods import parse_method, plain
+
+Array = npt.NDArray[Any]
+
+FORMAT = 1
+UPSAMPLE = "linear / half_pixel / edge-clamped"
+STATUSES = (
+    "ok",
+    "empty",
+    "truncated",
+    "not_an_image",
+    "unsupported_mode",
+    "too_large",
+    "too_small",
+    "io_error",
+    "missing",
+    "changed",
+    "nonfinite",
+    "worker_crash",
+)
+COLUMNS: list[tuple[str, pa.DataType]] = [
+    ("row", pa.int64()),
+    ("id", pa.string()),
+    ("uri", pa.string()),
+    ("method", pa.string()),
+    ("target", pa.int32()),
+    ("target_source", pa.string()),
+    ("label_name", pa.string()),
+    ("score", pa.float32()),
+    ("pred", pa.int32()),
+    ("pred_score", pa.float32()),
+    ("status", pa.string()),
+    ("error", pa.string()),
+    ("width", pa.int32()),
+    ("height", pa.int32()),
+    ("crop_box", pa.list_(pa.float32(), 4)),
+    ("extras", pa.string()),
+    ("map_shape", pa.list_(pa.int32(), 2)),
+]
+
+
+def schema(grid: tuple[int, int] | None, pixels: bool) -> pa.Schema:
+    """The columns of a part: maps on the tap's `grid` (None: no such method) and, if `pixels`, at the input's size.
+
+    `map` holds whichever there is; where a run has both, pixel maps go to `map_pixels`.
+    """
+    columns = list(COLUMNS)
+    if grid is not None:
+        columns.append(("map", pa.list_(pa.float32(), grid[0] * grid[1])))
+    if pixels:
+        columns += [(pixel_column(grid), pa.binary()), ("map_scale", pa.float32()), ("map_offset", pa.float32())]
+    return pa.schema(columns)
+
+
+def pixel_column(grid: tuple[int, int] | None) -> str:
+    return "map" if grid is None else "map_pixels"
+
+
+def encode_pixels(values: Array) -> tuple[bytes, float, float]:
+    """A pixel map as (bytes, scale, offset): float16 of (map - offset) / scale, byte planes apart, zstd.
+
+    Offset and scale use float16's whole range, so that the error is below 1/2048 of the map's range and the order of
+    small values survives.
+    """
+    offset = float(np.float32(values.min()))
+    span = float(values.max()) - offset
+    scale = 2.0 ** (np.ceil(np.log2(span)) - 15) if span > 0 else 1.0
+    halves = ((values.astype(np.float64) - offset) / scale).astype("<f2")
+    planes = halves.reshape(-1).view(np.uint8).reshape(-1, 2).T
+    return zstandard.ZstdCompressor(level=3).compress(planes.tobytes()), scale, offset
+
+
+def decode_pixels(data: bytes, scale: float, offset: float, shape: Sequence[int]) -> Array:
+    """The float32 map (h, w) of `encode_pixels`."""
+    planes = np.frombuffer(zstandard.ZstdDecompressor().decompress(data), dtype=np.uint8).reshape(2, -1)
+    halves = np.ascontiguousarray(planes.T).view("<f2").reshape(tuple(shape))
+    return (halves.astype(np.float64) * scale + offset).astype(np.float32)
+
+
+def write_atomically(path: Path, data: bytes) -> None:
+    """Bytes, fsync, one rename, directory fsync: the final name is the commit."""
+    folder = path.parent.parent / "_tmp" if path.parent.name in ("data", "plan") else path.parent
+    folder.mkdir(parents=True, exist_ok=True)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = folder / f"{path.name}.{os.getpid()}.tmp"
+    try:
+        with temporary.open("wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except OSError:
+        temporary.unlink(missing_ok=True)
+        raise
+    handle = os.open(path.parent, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def part_path(run: Path, shard: int) -> Path:
+    return run / "data" / f"part-{shard:06d}.parquet"
+
+
+def committed(run: Path) -> set[int]:
+    """The shards that have a part."""
+    return {int(path.stem.removeprefix("part-")) for path in (run / "data").glob("part-*.parquet")}
+
+
+def parquet_bytes(table: pa.Table) -> bytes:
+    """A table as Parquet: zstd, page checksums and indexes on."""
+    sink = pa.BufferOutputStream()
+    pq.write_table(
+        table,
+        sink,
+        compression="zstd",
+        compression_level=3,
+        row_group_size=1024,
+        use_dictionary=["status", "method", "target_source"] if "status" in table.column_names else False,
+        write_page_checksum=True,
+        write_page_index=True,
+    )
+    return bytes(sink.getvalue())
+
+
+def write_part(run: Path, shard: int, rows: Sequence[Mapping[str, Any]], columns: pa.Schema, footer: str) -> None:
+    """Commit one shard's rows, in the order given."""
+    table = pa.Table.from_pylist(list(rows), schema=columns.with_metadata({b"heatmill": footer.encode()}))
+    write_atomically(part_path(run, shard), parquet_bytes(table))
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """One image, method and target of a run, as stored."""
+
+    row: int
+    id: str
+    path: str
+    method: str
+    target: int | None
+    target_source: str
+    label_name: str | None
+    score: float | None
+    prediction: int | None
+    prediction_score: float | None
+    status: str
+    error: str | None
+    width: int | None
+    height: int | None
+    crop_box: tuple[float, ...] | None
+    extras: Mapping[str, Any]
+    map: Array | None
+    input_size: tuple[int, int]
+    finish: tuple[str, ...]
+
+    def upsampled(self) -> Array:
+        """The raw map at the network's input size, (H, W) float32: bilinear, half-pixel centres."""
+        return self._finished(())
+
+    def saliency(self) -> Array:
+        """The map (H, W) finished as the method's source shows it (ReLU, min-max, in its order)."""
+        return self._finished(self.finish)
+
+    def _finished(self, steps: tuple[str, ...]) -> Array:
+        if self.map is None:
+            raise ValueError(f"row {self.id!r} has no map: its status is {self.status}")
+        result: Array = finish(self.map[None], steps, self.input_size)[0]
+        return result
+
+
+@dataclass(frozen=True, slots=True)
+class Run:
+    """A run's folder, open for reading."""
+
+    path: Path
+    settings: Mapping[str, Any]
+
+    @property
+    def input_size(self) -> tuple[int, int]:
+        """(height, width) of the network's input."""
+        size = self.settings["spec"]["input_size"]
+        return size[1], size[2]
+
+    @property
+    def grid(self) -> tuple[int, int] | None:
+        """(height, width) of the tap's maps; None where no method reads the tap."""
+        grid = self.settings["grid"]
+        return (grid[0], grid[1]) if grid else None
+
+    @property
+    def shards(self) -> int:
+        """How many parts the complete run has."""
+        return -(-int(self.settings["images"]) // int(self.settings["shard_rows"]))
+
+    def parts(self) -> list[Path]:
+        """The committed parts, in plan order."""
+        return [part_path(self.path, shard) for shard in sorted(committed(self.path))]
+
+    def rows(
+        self, method: str | None = None, target: int | None = None, status: str | None = None
+    ) -> Iterator[Row]:
+        """The stored rows in plan order, filtered; one row group is in memory at a time.
+
+        Raises:
+            RunError: a part is damaged.
+        """
+        finishes: dict[str, tuple[str, ...]] = {}
+        for path in self.parts():
+            for batch in self._batches(path):
+                for values in batch.to_pylist():
+                    call = values["method"]
+                    if method is not None and plain(method) not in (plain(call), plain(call.partition(":")[0])):
+                        continue
+                    if target not in (None, values["target"]) or status not in (None, values["status"]):
+                        continue
+                    if call not in finishes:
+                        parsed = parse_method(call)
+                        finishes[call] = parsed.method.finish(parsed.parameters)
+                    yield self._row(values, finishes[call])
+
+    def table(self) -> pa.Table:
+        """Every column but the maps.
+
+        Raises:
+            RunError: a part is damaged.
+        """
+        kept = [name for name, _ in COLUMNS if name != "map_shape"]
+        tables = []
+        for path in self.parts():
+            with _named(path):
+                tables.append(pq.read_table(path, columns=kept).replace_schema_metadata())
+        return pa.concat_tables(tables) if tables else pa.schema(COLUMNS).empty_table().select(kept)
+
+    def _batches(self, path: Path) -> Iterator[pa.RecordBatch]:
+        with _named(path), pq.ParquetFile(path, page_checksum_verification=True) as file:
+            yield from file.iter_batches(batch_size=256)
+
+    def _row(self, values: dict[str, Any], steps: tuple[str, ...]) -> Row:
+        shape, raw = values["map_shape"], None
+        packed = values.get(pixel_column(self.grid)) if values.get("map_scale") is not None else None
+        if packed is not None:
+            raw = decode_pixels(packed, values["map_scale"], values["map_offset"], shape)
+        elif shape is not None:
+            raw = np.array(values["map"], dtype=np.float32).reshape(shape)
+        return Row(
+            row=values["row"],
+            id=values["id"],
+            path=values["uri"],
+            method=values["method"],
+            target=values["target"],
+            target_source=values["target_source"],
+            label_name=values["label_name"],
+            score=values["score"],
+            prediction=values["pred"],
+            prediction_score=values["pred_score"],
+            status=values["status"],
+            error=values["error"],
+            width=values["width"],
+            height=values["height"],
+            crop_box=tuple(values["crop_box"]) if values["crop_box"] else None,
+            extras=json.loads(values["extras"]) if values["extras"] else {},
+            map=raw,
+            input_size=self.input_size,
+            finish=steps,
+        )
+
+
+class _named:
+    """Damage found while reading a part becomes one line that names it."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+
+    def __enter__(self) -> None:
+        return None
+
+    def __exit__(self, kind: object, err: BaseException | None, trace: object) -> None:
+        if isinstance(err, OSError | pa.ArrowException | zstandard.ZstdError):
+            line = str(err).strip().splitlines()[0]
+            raise RunError(
+                f"{self._path}: damaged ({line}); delete it, and heatmill explain with the same settings makes it again"
+            ) from err
+
+
+def open_run(path: str | Path) -> Run:
+    """Open a run's folder for reading.
+
+    Raises:
+        RunError: not a run, or of a newer format.
+    """
+    path = Path(path)
+    try:
+        settings = json.loads((path / "run.json").read_text())
+        if not isinstance(settings, dict):
+            raise ValueError("not an object")
+    except FileNotFoundError:
+        raise RunError(f"{path}: not a run (it has no run.json)") from None
+    except (OSError, ValueError) as err:
+        raise RunError(f"{path}/run.json: can't be read ({err})") from None
+    if settings.get("format") != FORMAT:
+        raise RunError(f"{path}: run format {settings.get('format')}; this heatmill reads format {FORMAT}")
+    return Run(path, settings)
+
+
+def verify(path: str | Path) -> dict[str, int]:
+    """Read every byte of a run: checksums, row counts, plan hash, order and maps.
+
+    Returns:
+        Counts: `shards` expected, `committed`, `rows`, `ok`.
+
+    Raises:
+        RunError: the first damage found, with the part's name.
+    """
+    run = open_run(path)
+    counts = {"shards": run.shards, "committed": 0, "rows": 0, "ok": 0}
+    size, images, each = int(run.settings["shard_rows"]), int(run.settings["images"]), int(run.settings["rows_per_image"])
+    plan = pq.read_table(run.path / "plan" / "plan-00000.parquet")
+    for shard in sorted(committed(run.path)):
+        part = part_path(run.path, shard)
+        with _named(part):
+            footer = pq.read_schema(part).metadata or {}
+        if json.loads(footer.get(b"heatmill", b"{}")).get("plan_hash") != run.settings["plan_hash"]:
+            raise RunError(f"{part}: belongs to another plan; delete it and resume the run")
+        first, last = shard * size, min((shard + 1) * size, images)
+        expected = [
+            (row, identity)
+            for row, identity in zip(range(first, last), plan["id"][first:last].to_pylist(), strict=True)
+            for _ in range(each)
+        ]
+        found: list[tuple[int, str]] = []
+        for batch in run._batches(part):
+            for values in batch.to_pylist():
+                row = run._row(values, ())
+                found.append((row.row, row.id))
+                if row.status not in STATUSES:
+                    raise RunError(f"{part}: row {row.id!r} has the unknown status {row.status!r}")
+                if row.status == "ok" and (row.map is None or not np.isfinite(row.map).all()):
+                    raise RunError(f"{part}: row {row.id!r} is ok and has no finite map")
+                counts["ok"] += row.status == "ok"
+        if found != expected:
+            raise RunError(f"{part}: holds {len(found)} rows, not the plan's {len(expected)} in order; delete and resume")
+        counts["committed"] += 1
+        counts["rows"] += len(found)
+    return counts
+
+

@@ -1,0 +1,245 @@
+"""Frozen data that passes between the engine's parts."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Callable, Hashable, Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import numpy.typing as npt
+
+from .. import InputError
+
+if TYPE_CHECKING:
+    from ..models.graph.head import LinearHead
+    from ..models.graph.tap import Tap
+
+Array = npt.NDArray[Any]
+Value = str | int | float | bool
+Parameters = Mapping[str, Value]
+
+
+@dataclass(frozen=True, slots=True)
+class MapBank:
+    """Masks as low-resolution maps (n, h, w) float32, already scaled to 0..1 at full resolution, and a resize rule."""
+
+    maps: Array
+    rule: str = "half-pixel"
+
+    def __len__(self) -> int:
+        return len(self.maps)
+
+
+@dataclass(frozen=True, slots=True)
+class GridBank:
+    """RISE masks: grids of bits (n, s, s) uint8 and offsets (n, 2) within a cell."""
+
+    bits: Array
+    offsets: Array
+
+    def __len__(self) -> int:
+        return len(self.bits)
+
+
+Bank = MapBank | GridBank
+
+
+BASELINE_NAMES = ("zero", "black", "mean", "blur")
+
+
+@dataclass(frozen=True, slots=True)
+class Facts:
+    """What a method may know of the model before any image: `head` is the reason where there is no linear head."""
+
+    size: tuple[int, int]
+    output: str
+    has_logits: bool
+    tap: Tap | None
+    head: LinearHead | str
+
+
+@dataclass(frozen=True, slots=True)
+class Observation:
+    """One unperturbed image after its pass: its network input, raw scores (classes,) and tapped maps (c, h, w)."""
+
+    image: Array
+    raw: Array
+    features: Array | None
+
+
+@dataclass(frozen=True, slots=True)
+class Expansion:
+    """The masked passes that one image needs.
+
+    Attributes:
+        bank: the masks; None where the observation is enough.
+        baseline: what stands for absence: zero (in the network's own units), black, mean or blur.
+        score: "posterior" or "logit", what each masked pass is asked for.
+        carry: whatever `combine` needs besides.
+        extras: counts for the row.
+    """
+
+    bank: Bank | None = None
+    baseline: str = "zero"
+    score: str = "posterior"
+    carry: Any = None
+    extras: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class Combined:
+    """Raw maps (k, h, w) float32, and what to say of all targets or of each."""
+
+    maps: Array
+    extras: tuple[Mapping[str, Any], ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Parameter:
+    """One option of a method: its default fixes the type."""
+
+    default: Value
+    doc: str
+    choices: tuple[str, ...] = ()
+    least: float | None = None
+    most: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Method:
+    """A way to explain, as data: what it needs, how an image becomes masked passes, how scores become a map.
+
+    Attributes:
+        expand: (facts, observation, parameters, shared bank) -> Expansion.
+        combine: (facts, observation, expansion, scores (k, n), targets (k,), parameters) -> Combined.
+        share: (facts, parameters, seed) -> a mask bank that serves every image, where masks do not depend on it.
+        finish: parameters -> the steps from raw map to saliency map, of FINISHES.
+        refuses: (facts, parameters) -> why the method can't run on this model, or None.
+        passes: (facts, parameters) -> greatest number of masked passes per image.
+        pixels: maps are at the input's resolution, not the tap's.
+    """
+
+    name: str
+    summary: str
+    citation: str
+    parameters: Mapping[str, Parameter]
+    expand: Callable[[Facts, Observation, Parameters, Bank | None], Expansion]
+    combine: Callable[[Facts, Observation, Expansion, Array, Array, Parameters], Combined]
+    finish: Callable[[Parameters], tuple[str, ...]]
+    passes: Callable[[Facts, Parameters], int]
+    refuses: Callable[[Facts, Parameters], str | None]
+    share: Callable[[Facts, Parameters, int], Bank] | None = None
+    needs_tap: bool = True
+    pixels: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class MethodCall:
+    """A method with every parameter resolved."""
+
+    method: Method
+    parameters: Parameters
+
+    @property
+    def text(self) -> str:
+        """The call as a user would write it: name:key=value,... for what differs from the defaults."""
+        defaults = self.method.parameters
+        changed = [f"{key}={value}" for key, value in self.parameters.items() if value != defaults[key].default]
+        return self.method.name + (":" + ",".join(changed) if changed else "")
+
+
+@dataclass(frozen=True, slots=True)
+class Target:
+    """One asked class: `kind` is predicted, top, label or class."""
+
+    kind: str
+    value: int = 0
+
+    @property
+    def count(self) -> int:
+        """How many rows it makes per image."""
+        return self.value if self.kind == "top" else 1
+
+    @property
+    def text(self) -> str:
+        return {"top": f"top{self.value}", "class": str(self.value)}.get(self.kind, self.kind)
+
+
+@dataclass(frozen=True, slots=True)
+class Item:
+    """One image to explain: the network's input for it (no batch axis) and its label, if known."""
+
+    key: Hashable
+    image: Array
+    label: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Explanation:
+    """One image, target and method: the raw map (h, w) and how it came about.
+
+    `map` is None where `status` is not ok. `score` is the class score on the unperturbed image: the posterior.
+    """
+
+    key: Hashable
+    method: MethodCall
+    target: int
+    target_source: str
+    score: float
+    pred: int
+    pred_score: float
+    status: str
+    error: str | None
+    map: Array | None
+    extras: Mapping[str, Any]
+
+
+def nearest(word: str, known: list[str]) -> str:
+    """The known words that come closest, for an error's last part."""
+    near = difflib.get_close_matches(word, known, n=3, cutoff=0.4)
+    return f"nearest: {', '.join(near)}" if near else f"known: {', '.join(known)}"
+
+
+def parse_targets(texts: list[str] | tuple[str, ...], classes: int, label_names: tuple[str, ...]) -> tuple[Target, ...]:
+    """Targets from `predicted`, `topN`, `label`, class numbers and class names.
+
+    Raises:
+        InputError: a number outside the model's classes, an unknown or ambiguous name.
+    """
+    targets = []
+    for text in texts:
+        word = text.strip()
+        if word in ("predicted", "label"):
+            targets.append(Target(word))
+        elif word.startswith("top") and word[3:].isdigit() and word not in label_names:
+            count = int(word[3:])
+            if not 1 <= count <= classes:
+                raise InputError(f"target {word!r}: the model has {classes} classes")
+            targets.append(Target("top", count))
+        else:
+            targets.append(Target("class", class_index(word, classes, label_names)))
+    if len(set(targets)) < len(targets):
+        raise InputError("a target was given twice")
+    return tuple(targets)
+
+
+def class_index(word: str, classes: int, label_names: tuple[str, ...]) -> int:
+    """The class that a number or a name stands for; names ignore case and take `_` for a space.
+
+    Raises:
+        InputError: a number outside the model's classes, an unknown or ambiguous name.
+    """
+    if word.lstrip("+-").isdigit():
+        if not 0 <= int(word) < classes:
+            raise InputError(f"class {word} is out of range: the model has classes 0 to {classes - 1}")
+        return int(word)
+    plain = [name.casefold().replace("_", " ") for name in label_names]
+    found = [i for i, name in enumerate(plain) if name == word.casefold().replace("_", " ")]
+    if len(found) == 1:
+        return found[0]
+    if found:
+        raise InputError(f"class name {word!r} stands for classes {', '.join(map(str, found))}: give the number")
+    if not label_names:
+        raise InputError(f"class name {word!r}: the spec has no label names; give the number, or --labels FILE")
+    raise InputError(f"no class {word!r}; {nearest(word, list(label_names))}")

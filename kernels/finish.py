@@ -1,0 +1,33 @@
+"""From a raw map to the saliency map that a method's source shows: upsampling, ReLU and min-max in its own order."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from .host import upsample
+
+Array = npt.NDArray[Any]
+
+FINISHES = ("upsample", "relu", "minmax")
+
+
+def minmax(maps: Array) -> Array:
+    """Each of (n, h, w) scaled to 0..1; a constant map becomes zero."""
+    low, high = maps.min(axis=(1, 2), keepdims=True), maps.max(axis=(1, 2), keepdims=True)
+    return np.asarray((maps - low) / np.where(high > low, high - low, 1))
+
+
+def finish(maps: Array, steps: Sequence[str], size: tuple[int, int]) -> Array:
+    """Raw maps (n, h, w) as saliency maps (n, H, W) float32 by `steps` of FINISHES; upsampled last if no step says so."""
+    for step in steps:
+        if step == "upsample":
+            maps = upsample(maps, size)
+        elif step == "relu":
+            maps = np.maximum(maps, 0)
+        else:
+            maps = minmax(maps)
+    return maps if maps.shape[1:] == size else upsample(maps, size)

@@ -1,0 +1,168 @@
+"""The fast CPU twin of `reference`: every resize, crop and blur is a small matrix, so BLAS does the work."""
+
+from __future__ import annotations
+
+import math
+from functools import lru_cache
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from .reference import reflect, source_position
+
+Array = npt.NDArray[Any]
+
+CACHE_BYTES = 1 << 20  # masked images are made in pieces that stay in a core's cache
+
+
+@lru_cache(maxsize=64)
+def resize_matrix(n_in: int, n_out: int, rule: str) -> Array:
+    """Bilinear resize along one axis as a (n_out, n_in) float64 matrix; its rows sum to 1."""
+    matrix = np.zeros((n_out, n_in))
+    for i in range(n_out):
+        position = source_position(i, n_in, n_out, rule)
+        first = min(int(position), max(n_in - 2, 0))
+        matrix[i, first] += 1 - (position - first)
+        matrix[i, min(first + 1, n_in - 1)] += position - first
+    matrix.flags.writeable = False
+    return matrix
+
+
+@lru_cache(maxsize=64)
+def _resize_matrix32(n_in: int, n_out: int, rule: str) -> Array:
+    return resize_matrix(n_in, n_out, rule).astype(np.float32)
+
+
+@lru_cache(maxsize=64)
+def _corner_rows(n_in: int, n_out: int, rule: str) -> Array:
+    """The rows of the resize matrix where a bilinear surface can have its extremes: next to the source samples.
+
+    Between two samples the surface is linear along each axis, so its extremes over the rows that fall there are at the
+    first and last of them.
+    """
+    positions = np.array([source_position(i, n_in, n_out, rule) for i in range(n_out)])
+    cells = np.minimum(positions.astype(int), max(n_in - 2, 0))
+    order = np.lexsort((positions, cells))
+    edge = np.diff(cells[order], prepend=-1, append=n_in) != 0
+    rows = np.unique(np.concatenate([order[edge[:-1]], order[edge[1:]]]))
+    return resize_matrix(n_in, n_out, rule)[rows]
+
+
+def upsample(maps: Array, size: tuple[int, int], rule: str = "half-pixel", out: Array | None = None) -> Array:
+    """Bilinear resize of (n, h, w) maps to (n, H, W) float32; see `reference.upsample`."""
+    n, h, w = maps.shape
+    rows, columns = _resize_matrix32(h, size[0], rule), _resize_matrix32(w, size[1], rule)
+    wide = maps.reshape(n * h, w).astype(np.float32, copy=False) @ columns.T
+    return np.matmul(rows, wide.reshape(n, h, size[1]), out=out)
+
+
+def extrema(maps: Array, size: tuple[int, int], rule: str = "half-pixel") -> tuple[Array, Array]:
+    """Least and greatest value (n,) float64 of every upsampled map, without upsampling; see `reference.extrema`."""
+    n, h, w = maps.shape
+    rows, columns = _corner_rows(h, size[0], rule), _corner_rows(w, size[1], rule)
+    wide = maps.reshape(n * h, w).astype(np.float64) @ columns.T
+    corners = np.matmul(rows, wide.reshape(n, h, len(columns)))
+    return corners.min(axis=(1, 2)), corners.max(axis=(1, 2))
+
+
+@lru_cache(maxsize=8)
+def _shifted_rows(s: int, n: int) -> Array:
+    """RISE's resize along one axis at every offset: (cell, n, s) float32."""
+    cell = math.ceil(n / s)
+    matrix = resize_matrix(s, (s + 1) * cell, "mirror").astype(np.float32)
+    return np.ascontiguousarray(np.stack([matrix[offset : offset + n] for offset in range(cell)]))
+
+
+def grid_masks(bits: Array, offsets: Array, size: tuple[int, int], out: Array | None = None) -> Array:
+    """RISE masks (n, H, W) float32; see `reference.grid_masks`."""
+    s = bits.shape[1]
+    rows, columns = _shifted_rows(s, size[0])[offsets[:, 0]], _shifted_rows(s, size[1])[offsets[:, 1]]
+    wide = np.matmul(bits.astype(np.float32), columns.transpose(0, 2, 1))
+    return np.matmul(rows, wide, out=out)
+
+
+def blend(
+    image: Array, masks: Array, baseline: Array | None = None, layout: str = "NCHW", out: Array | None = None
+) -> Array:
+    """One image under (n, H, W) masks, written to `out` (n, *image.shape); see `reference.blend`."""
+    if out is None:
+        out = np.empty((len(masks), *image.shape), dtype=image.dtype)
+    masks = masks[:, None] if layout == "NCHW" else masks[..., None]
+    image32 = image.astype(np.float32, copy=False)
+    below = None if baseline is None else np.asarray(baseline, dtype=np.float32)
+    above = image32 if below is None else image32 - below
+    step = max(1, CACHE_BYTES // (4 * image.size))
+    direct = out.dtype == np.float32
+    for start in range(0, len(masks), step):
+        part = out[start : start + step]
+        target = part if direct else np.empty(part.shape, dtype=np.float32)
+        np.multiply(above, masks[start : start + step], out=target)
+        if below is not None:
+            target += below
+        if not direct:
+            if out.dtype == np.uint8:
+                np.clip(np.rint(target, out=target), 0, 255, out=target)
+            part[...] = target
+    return out
+
+
+@lru_cache(maxsize=8)
+def _blur_matrix(n: int, kernel_size: int, sigma: float) -> Array:
+    half = kernel_size // 2
+    distance = np.arange(-half, half + 1)
+    taps = np.exp(-(distance**2) / (2 * sigma * sigma))
+    taps /= taps.sum()
+    matrix = np.zeros((n, n))
+    for i in range(n):
+        for d, tap in zip(distance, taps, strict=True):
+            matrix[i, reflect(i + int(d), n)] += tap
+    return matrix.astype(np.float32)
+
+
+def blur(image: Array, kernel_size: int, sigma: float) -> Array:
+    """Gaussian blur of a (c, H, W) image with reflected borders; see `reference.blur`."""
+    _, h, w = image.shape
+    rows, columns = _blur_matrix(h, kernel_size, sigma), _blur_matrix(w, kernel_size, sigma)
+    return np.asarray(rows @ (image.astype(np.float32) @ columns.T), dtype=image.dtype)
+
+
+def class_scores(raw: Array, targets: Array, kind: str) -> Array:
+    """Scores (n, k) float32 of the asked classes; see `reference.class_scores`."""
+    raw = raw.astype(np.float32, copy=False)
+    if kind == "softmax":
+        top = raw.max(axis=1, keepdims=True)
+        total = np.exp(raw - top).sum(axis=1, keepdims=True)
+        return np.asarray(np.exp(raw[:, targets] - top) / total, dtype=np.float32)
+    picked = raw[:, targets]
+    if kind == "sigmoid":
+        return np.asarray(0.5 * (1 + np.tanh(0.5 * picked)), dtype=np.float32)
+    return picked
+
+
+def accumulate_maps(maps: Array, weights: Array) -> Array:
+    """Weighted sums (k, h, w) float32 of maps (n, h, w); see `reference.accumulate_maps`."""
+    total = weights.astype(np.float64) @ maps.reshape(len(maps), -1).astype(np.float64)
+    return total.reshape(len(weights), *maps.shape[1:]).astype(np.float32)
+
+
+def accumulate_grid(bits: Array, offsets: Array, weights: Array, size: tuple[int, int]) -> Array:
+    """Weighted sums (k, H, W) float32 of RISE masks; see `reference.accumulate_grid`.
+
+    Masks with equal offsets are summed as grids of s x s bits first, so no mask is made: the sum over all offsets is
+    then one product with the shifted resize matrices from both sides.
+    """
+    s = bits.shape[1]
+    rows, columns = _shifted_rows(s, size[0]), _shifted_rows(s, size[1])
+    cell_y, cell_x = len(rows), len(columns)
+    place = offsets[:, 0] * cell_x + offsets[:, 1]
+    flat = bits.reshape(len(bits), s * s).astype(np.float64)
+    left = rows.transpose(1, 0, 2).reshape(size[0], cell_y * s).astype(np.float64)
+    right = columns.transpose(1, 0, 2).reshape(size[1], cell_x * s).astype(np.float64)
+    out = np.empty((len(weights), *size), dtype=np.float32)
+    for k, row in enumerate(weights):
+        sums = np.zeros((cell_y * cell_x, s * s))
+        np.add.at(sums, place, flat * row[:, None].astype(np.float64))
+        grid = sums.reshape(cell_y, cell_x, s, s).transpose(0, 2, 1, 3).reshape(cell_y * s, cell_x * s)
+        out[k] = left @ grid @ right.T
+    return out

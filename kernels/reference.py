@@ -1,0 +1,147 @@
+"""The NumPy definition of every kernel: slow, obvious, the oracle of the others.
+
+Resizing rules (`rule`), for output position i of n_out over n_in samples:
+    half-pixel     source (i + 0.5) * n_in / n_out - 0.5, clamped to the first and last sample (ONNX, torch, OpenCV)
+    align-corners  source i * (n_in - 1) / (n_out - 1)
+    mirror         half-pixel, reflected about the centres of the border samples (scikit-image, as RISE uses it)
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+Array = npt.NDArray[Any]
+
+RULES = ("half-pixel", "align-corners", "mirror")
+
+
+def source_position(i: int, n_in: int, n_out: int, rule: str) -> float:
+    """Where output sample `i` lies among the input samples, 0 .. n_in - 1."""
+    if rule == "align-corners":
+        return i * (n_in - 1) / (n_out - 1) if n_out > 1 else 0.0
+    position = (i + 0.5) * n_in / n_out - 0.5
+    if rule == "mirror":
+        position = abs(position)
+        if position > n_in - 1:
+            position = 2 * (n_in - 1) - position
+    return min(max(position, 0.0), n_in - 1.0)
+
+
+def upsample(maps: Array, size: tuple[int, int], rule: str = "half-pixel") -> Array:
+    """Bilinear resize of (n, h, w) maps to (n, H, W), in float64."""
+    n, h, w = maps.shape
+    maps = maps.astype(np.float64)
+    out = np.zeros((n, *size))
+    for y in range(size[0]):
+        for x in range(size[1]):
+            v, u = source_position(y, h, size[0], rule), source_position(x, w, size[1], rule)
+            i, j = min(int(v), max(h - 2, 0)), min(int(u), max(w - 2, 0))
+            below, right = min(i + 1, h - 1), min(j + 1, w - 1)
+            dv, du = v - i, u - j
+            out[:, y, x] = (
+                maps[:, i, j] * (1 - dv) * (1 - du)
+                + maps[:, i, right] * (1 - dv) * du
+                + maps[:, below, j] * dv * (1 - du)
+                + maps[:, below, right] * dv * du
+            )
+    return out
+
+
+def extrema(maps: Array, size: tuple[int, int], rule: str = "half-pixel") -> tuple[Array, Array]:
+    """Least and greatest value (n,) of every upsampled map."""
+    full = upsample(maps, size, rule)
+    return full.min(axis=(1, 2)), full.max(axis=(1, 2))
+
+
+def grid_masks(bits: Array, offsets: Array, size: tuple[int, int]) -> Array:
+    """RISE masks (n, H, W): grids (n, s, s) of 0/1 resized to (s + 1) cells, cut at an offset (n, 2) within a cell.
+
+    Source: Petsiuk et al. 2018, section 3.2 and the authors' code (mirror resize, offset below one cell).
+    """
+    s = bits.shape[1]
+    cell_y, cell_x = math.ceil(size[0] / s), math.ceil(size[1] / s)
+    full = upsample(bits, ((s + 1) * cell_y, (s + 1) * cell_x), "mirror")
+    cut = [mask[y : y + size[0], x : x + size[1]] for mask, (y, x) in zip(full, offsets, strict=True)]
+    return np.array(cut).reshape(len(bits), *size)
+
+
+def blend(image: Array, masks: Array, baseline: Array | None = None, layout: str = "NCHW") -> Array:
+    """`x * m + b * (1 - m)`: one image under (n, H, W) masks, as (n, *image.shape) in the image's dtype.
+
+    Args:
+        image: (c, H, W) or, for layout NHWC, (H, W, c).
+        baseline: what stands for absence, broadcast to the image; None is zero.
+    """
+    out = np.zeros((len(masks), *image.shape))
+    below = np.zeros_like(image) if baseline is None else np.broadcast_to(baseline, image.shape)
+    for n, mask in enumerate(masks):
+        m = mask[None] if layout == "NCHW" else mask[:, :, None]
+        out[n] = image.astype(np.float64) * m + below.astype(np.float64) * (1.0 - m)
+    if image.dtype == np.uint8:
+        out = np.clip(np.rint(out), 0, 255)
+    return out.astype(image.dtype)
+
+
+def blur(image: Array, kernel_size: int, sigma: float) -> Array:
+    """Gaussian blur of a (c, H, W) image, kernel of odd `kernel_size`, borders reflected about the edge samples.
+
+    The convention is kornia's `gaussian_blur2d`, which CF-CAM and Group-CAM use as baseline.
+    """
+    half = kernel_size // 2
+    taps = [math.exp(-(d * d) / (2 * sigma * sigma)) for d in range(-half, half + 1)]
+    taps = [tap / sum(taps) for tap in taps]
+    c, h, w = image.shape
+    out = np.zeros(image.shape)
+    for axis_size, axis in ((h, 1), (w, 2)):
+        source = image.astype(np.float64) if axis == 1 else out.copy()
+        result = np.zeros(image.shape)
+        for i in range(axis_size):
+            for d, tap in zip(range(-half, half + 1), taps, strict=True):
+                j = reflect(i + d, axis_size)
+                result[(slice(None),) * axis + (i,)] += tap * source[(slice(None),) * axis + (j,)]
+        out = result
+    return out.astype(image.dtype)
+
+
+def reflect(i: int, n: int) -> int:
+    """Index `i` folded into 0 .. n - 1 by reflection about the end samples."""
+    if n == 1:
+        return 0
+    i = abs(i) % (2 * (n - 1))
+    return min(i, 2 * (n - 1) - i)
+
+
+def class_scores(raw: Array, targets: Array, kind: str) -> Array:
+    """Scores (n, k) of the classes `targets` (k,) from raw network scores (n, classes), in float32.
+
+    Args:
+        kind: "softmax" and "sigmoid" turn logits into posteriors; "none" gathers the raw scores.
+    """
+    out = np.zeros((len(raw), len(targets)), dtype=np.float32)
+    for n, row in enumerate(raw.astype(np.float64)):
+        if kind == "softmax":
+            top = max(row)
+            total = math.fsum(math.exp(value - top) for value in row)
+            row = np.array([math.exp(value - top) / total for value in row])
+        elif kind == "sigmoid":
+            row = np.array([1 / (1 + math.exp(-value)) if value > -700 else 0.0 for value in row])
+        out[n] = row[targets]
+    return out
+
+
+def accumulate_maps(maps: Array, weights: Array) -> Array:
+    """Weighted sums (k, h, w) of maps (n, h, w) under weights (k, n)."""
+    out = np.zeros((len(weights), *maps.shape[1:]))
+    for k, row in enumerate(weights):
+        for n, weight in enumerate(row):
+            out[k] += float(weight) * maps[n].astype(np.float64)
+    return out.astype(np.float32)
+
+
+def accumulate_grid(bits: Array, offsets: Array, weights: Array, size: tuple[int, int]) -> Array:
+    """Weighted sums (k, H, W) of RISE masks under weights (k, n)."""
+    return accumulate_maps(grid_masks(bits, offsets, size), weights)

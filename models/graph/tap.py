@@ -1,0 +1,434 @@
+"""Taps: which inner values of a classifier are feature maps, and how their axes lie.
+
+Every value gets a letter per axis by one forward walk from the image: `n` batch, `c` channels, `h` and `w` the
+spatial grid, `t` the grid flattened to tokens. Operators that keep the shape keep the letters; the others have a row
+in `AXES`. A residual sum restores what an attention block loses, so no table of architectures is needed.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import onnx
+from onnx import TensorProto, helper, numpy_helper, shape_inference
+
+from ... import ModelError
+from ..load import ModelFile, strip_weights
+
+Array = npt.NDArray[Any]
+Shape = tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Axes:
+    """The letters of a value's axes, the grid behind `t`, and how many tokens stand before the grid."""
+
+    letters: str
+    grid: tuple[int, int]
+    prefix: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Tap:
+    """An inner value read as a feature map of `channels` maps on a `grid` (height, width)."""
+
+    name: str
+    layout: str
+    channels: int
+    grid: tuple[int, int]
+    prefix: int = 0
+
+    def to_nchw(self, values: Array) -> Array:
+        """The tapped values as (n, channels, height, width) float32.
+
+        Args:
+            values: as the graph gives them: (n, c, h, w), (n, h, w, c), (n, t, c) or (n, c, t).
+        """
+        n, (h, w) = len(values), self.grid
+        if self.layout == "nhwc":
+            values = values.transpose(0, 3, 1, 2)
+        elif self.layout == "ntc":
+            values = values[:, self.prefix : self.prefix + h * w].transpose(0, 2, 1)
+        elif self.layout == "nct":
+            values = values[:, :, self.prefix : self.prefix + h * w]
+        return np.ascontiguousarray(values, dtype=np.float32).reshape(n, self.channels, h, w)
+
+
+AxisRule = Callable[["Reading", onnx.NodeProto, Shape], Axes | None]
+
+
+class Reading:
+    """A classifier's graph with the shape and axes of every value at batch 1.
+
+    Args:
+        model: the opened file.
+        size: (height, width) of the input, used where the file leaves them open.
+    """
+
+    def __init__(self, model: ModelFile, size: tuple[int, int]) -> None:
+        self.model = model
+        skeleton = strip_weights(model.proto)
+        _set_input(skeleton, model, batch=1, size=size)
+        self.graph = skeleton.graph
+        self.producer = {name: node for node in self.graph.node for name in node.output if name}
+        self.constants = {tensor.name: tensor for tensor in self.graph.initializer}
+        self.constants |= {
+            node.output[0]: attribute.t
+            for node in self.graph.node
+            if node.op_type == "Constant"
+            for attribute in node.attribute
+            if attribute.name == "value"
+        }
+        self.shapes = _infer_shapes(skeleton)
+        self.axes: dict[str, Axes] = {}
+        h, w = size
+        self.axes[model.input.name] = Axes(model.input.layout.lower(), (h, w))
+        for node in self.graph.node:
+            self._read(node)
+
+    def _read(self, node: onnx.NodeProto) -> None:
+        for output in node.output:
+            shape = self.shapes.get(output)
+            if not shape:
+                continue
+            axes = AXES.get(node.op_type, same_shape)(self, node, shape)
+            if axes is not None:
+                self.axes[output] = axes
+
+    def ints(self, name: str) -> list[int] | None:
+        """The integers of a constant, None where the value is computed."""
+        tensor = self.constants.get(name)
+        if tensor is None or tensor.data_location == TensorProto.EXTERNAL:
+            return None
+        return [int(value) for value in numpy_helper.to_array(tensor).ravel()]
+
+    def tap(self, name: str) -> Tap | None:
+        """The value as a feature map, or None where it is not one (no grid of at least 2 x 2)."""
+        axes, shape = self.axes.get(name), self.shapes.get(name)
+        if axes is None or shape is None or name == self.model.input.name:
+            return None
+        letters = axes.letters
+        grid = axes.grid if "t" in letters else (shape[letters.index("h")], shape[letters.index("w")])
+        if min(grid) < 2:
+            return None
+        return Tap(name, letters, shape[letters.index("c")], grid, axes.prefix)
+
+    def taps(self) -> list[Tap]:
+        """Every feature map that the scores depend on, in the graph's order."""
+        needed = ancestors(self.graph, self.model.output, self.producer)
+        found = (self.tap(name) for node in self.graph.node for name in node.output if name in needed)
+        return [tap for tap in found if tap is not None]
+
+    def candidates(self) -> list[Tap]:
+        """The last feature map of every grid size: what a user would choose from; the automatic choice is among them."""
+        last = {(tap.layout in ("ntc", "nct"), tap.grid): tap for tap in self.taps()}
+        names = {tap.name for tap in last.values()}
+        chosen = self.automatic()
+        if chosen is not None:
+            names.add(chosen.name)
+        return [tap for tap in self.taps() if tap.name in names]
+
+    def automatic(self) -> Tap | None:
+        """The last feature map before the final pooling or flattening; None where the graph has no feature map.
+
+        A map of class scores that is only pooled afterwards (SqueezeNet) is not a feature map: the choice is then what
+        its convolution reads.
+        """
+        taps = {tap.name: tap for tap in self.taps()}
+        if not taps:
+            return None
+        name = next(reversed(taps))
+        if taps[name].channels == self.model.classes and not self._weighted_after(name):
+            while self.producer[name].op_type not in WEIGHTED and self.producer[name].input[0] in taps:
+                name = self.producer[name].input[0]
+            name = self.producer[name].input[0] if self.producer[name].input[0] in taps else name
+        while self.producer[name].op_type in POOLING | PASSING and self.producer[name].input[0] in taps:
+            name = self.producer[name].input[0]
+        return taps[name]
+
+    def choose(self, layer: str | None) -> Tap:
+        """The asked layer (a value or node name), or the automatic choice.
+
+        Raises:
+            ModelError: no such name (nearest offered), not a feature map (its shape), or nothing to choose from.
+        """
+        file = self.model.path.name
+        if layer is None:
+            chosen = self.automatic()
+            if chosen is None:
+                raise ModelError(f"{file}: found no feature map to read; name one with --layer, or use a method without")
+            return chosen
+        by_node = {node.name: node.output[0] for node in self.graph.node if node.name and node.output}
+        name = layer if layer in self.producer else by_node.get(layer)
+        if name is None:
+            near = difflib.get_close_matches(layer, [*self.producer, *by_node], n=3, cutoff=0.4)
+            near = list(dict.fromkeys(near)) or [tap.name for tap in self.candidates()][-3:]
+            raise ModelError(f"{file}: no layer {layer!r}; nearest: {', '.join(near)} (heatmill inspect lists them)")
+        tap = self.tap(name)
+        if tap is None:
+            shape = self.shapes.get(name)
+            seen = f"has shape {list(shape)}" if shape else "has no known shape"
+            raise ModelError(f"{file}: layer {layer!r} {seen} and is not a feature map; heatmill inspect lists those")
+        if name not in ancestors(self.graph, self.model.output, self.producer):
+            raise ModelError(f"{file}: layer {layer!r} does not lead to the scores {self.model.output!r}")
+        return tap
+
+    def _weighted_after(self, name: str) -> bool:
+        needed = ancestors(self.graph, self.model.output, self.producer)
+        reached = {name}
+        for node in self.graph.node:
+            if reached.intersection(node.input) and needed.intersection(node.output):
+                if node.op_type in WEIGHTED:
+                    return True
+                reached.update(node.output)
+        return False
+
+
+WEIGHTED = frozenset({"Conv", "Gemm", "MatMul", "QLinearConv", "QLinearMatMul", "ConvInteger", "MatMulInteger"})
+POOLING = frozenset({"MaxPool", "AveragePool", "GlobalAveragePool", "GlobalMaxPool", "LpPool", "QLinearAveragePool"})
+PASSING = frozenset({"Identity", "Dropout", "QuantizeLinear", "DequantizeLinear"})
+
+
+def ancestors(graph: onnx.GraphProto, output: str, producer: Mapping[str, onnx.NodeProto]) -> set[str]:
+    """The names of all values that `output` is computed from, itself included."""
+    found: set[str] = set()
+    waiting = [output]
+    while waiting:
+        name = waiting.pop()
+        if name in found:
+            continue
+        found.add(name)
+        if name in producer:
+            waiting.extend(value for value in producer[name].input if value)
+    return found
+
+
+# ----- the axes of what operators put out -----
+
+
+def same_shape(reading: Reading, node: onnx.NodeProto, shape: Shape) -> Axes | None:
+    """Operators that keep an input's shape keep its letters (activations, norms, sums, products, casts)."""
+    for name in node.input:
+        if name in reading.axes and reading.shapes.get(name) == shape:
+            return reading.axes[name]
+    return None
+
+
+def channels_first(reading: Reading, node: onnx.NodeProto, shape: Shape) -> Axes | None:
+    """Convolution and pooling: the grid's size may change, the letters do not."""
+    axes = reading.axes.get(node.input[0])
+    return axes if axes is not None and axes.letters == "nchw" else None
+
+
+def first_input(reading: Reading, node: onnx.NodeProto, shape: Shape) -> Axes | None:
+    """Padding, slicing and resizing within the same axes."""
+    axes = reading.axes.get(node.input[0])
+    return axes if axes is not None and len(axes.letters) == len(shape) and "t" not in axes.letters else None
+
+
+def transpose(reading: Reading, node: onnx.NodeProto, shape: Shape) -> Axes | None:
+    axes = reading.axes.get(node.input[0])
+    if axes is None:
+        return None
+    order = attribute(node, "perm", list(reversed(range(len(shape)))))
+    return replace(axes, letters="".join(axes.letters[axis] for axis in order))
+
+
+def reshape(reading: Reading, node: onnx.NodeProto, shape: Shape) -> Axes | None:
+    """Flattening a grid to tokens, and the way back."""
+    source = node.input[0]
+    axes, before = reading.axes.get(source), reading.shapes.get(source)
+    if axes is None or before is None:
+        return None
+    if before == shape:
+        return axes
+    size = dict(zip(axes.letters, before, strict=True))
+    n, c = size["n"], size["c"]
+    h, w = axes.grid if "t" in size else (size["h"], size["w"])
+    whole = "t" not in size or size["t"] == h * w
+    forms = {
+        "nchw": {(n, c, h * w): "nct"},
+        "nhwc": {(n, h * w, c): "ntc"},
+        "nct": {(n, c, h, w): "nchw"} if whole else {},
+        "ntc": {(n, h, w, c): "nhwc"} if whole else {},
+    }
+    letters = forms.get(axes.letters, {}).get(shape)
+    return Axes(letters, (h, w)) if letters else None
+
+
+def concat(reading: Reading, node: onnx.NodeProto, shape: Shape) -> Axes | None:
+    """Along channels the letters stay; along tokens, what stands before the grid becomes prefix."""
+    axis = attribute(node, "axis", 0) % len(shape)
+    before = 0
+    for name in node.input:
+        axes = reading.axes.get(name)
+        if axes is not None and len(axes.letters) == len(shape):
+            if axes.letters[axis] == "c":
+                return axes
+            if axes.letters[axis] == "t":
+                return replace(axes, prefix=axes.prefix + before)
+            return None
+        known = reading.shapes.get(name)
+        if known is None or len(known) != len(shape):
+            return None
+        before += known[axis]
+    return None
+
+
+def cut_tokens(reading: Reading, node: onnx.NodeProto, shape: Shape) -> Axes | None:
+    """Slice: along tokens it may drop the prefix; along other axes the letters stay."""
+    axes = reading.axes.get(node.input[0])
+    if axes is None or "t" not in axes.letters:
+        return first_input(reading, node, shape)
+    before = reading.shapes[node.input[0]]
+    axis = axes.letters.index("t")
+    if before[axis] == shape[axis]:
+        return axes
+    starts, cut = reading.ints(node.input[1]), reading.ints(node.input[3]) if len(node.input) > 3 else None
+    if starts is None or cut is None or len(starts) != 1 or cut[0] % len(shape) != axis:
+        return None
+    start = starts[0] % before[axis]
+    h, w = axes.grid
+    fits = start <= axes.prefix and shape[axis] >= axes.prefix - start + h * w
+    return replace(axes, prefix=axes.prefix - start) if fits else None
+
+
+def matmul(reading: Reading, node: onnx.NodeProto, shape: Shape) -> Axes | None:
+    """A product with weights acts on the last axis, which must be the channels."""
+    axes = reading.axes.get(node.input[0])
+    weights = reading.shapes.get(node.input[1])
+    if axes is None or weights is None or len(weights) != 2 or not axes.letters.endswith("c"):
+        return None
+    return axes
+
+
+AXES: dict[str, AxisRule] = {
+    **dict.fromkeys(
+        ["Conv", "ConvTranspose", "ConvInteger", "QLinearConv", "DepthToSpace", "SpaceToDepth", *sorted(POOLING)],
+        channels_first,
+    ),
+    **dict.fromkeys(["Pad", "Resize", "Upsample", "Split"], first_input),
+    "Transpose": transpose,
+    "Reshape": reshape,
+    "Flatten": reshape,
+    "Concat": concat,
+    "Slice": cut_tokens,
+    "MatMul": matmul,
+}
+
+
+def attribute(node: onnx.NodeProto, name: str, default: Any) -> Any:
+    """A node's attribute as a Python value."""
+    for found in node.attribute:
+        if found.name == name:
+            return helper.get_attribute_value(found)
+    return default
+
+
+# ----- shapes and the graph that is run -----
+
+
+def _set_input(proto: onnx.ModelProto, model: ModelFile, batch: int | str, size: tuple[int, int] | None) -> None:
+    for value in proto.graph.input:
+        if value.name == model.input.name:
+            dims = value.type.tensor_type.shape.dim
+            if isinstance(batch, str):
+                dims[0].dim_param = batch
+            else:
+                dims[0].dim_value = batch
+            if size is not None:
+                first = 2 if model.input.layout == "NCHW" else 1
+                dims[first].dim_value, dims[first + 1].dim_value = size
+
+
+def _infer_shapes(proto: onnx.ModelProto) -> dict[str, Shape]:
+    del proto.graph.value_info[:]
+    for output in proto.graph.output:
+        output.type.tensor_type.ClearField("shape")
+    try:
+        inferred = shape_inference.infer_shapes(proto, data_prop=True).graph
+    except Exception as err:
+        raise ModelError(f"the graph's shapes contradict one another ({str(err).splitlines()[0]})") from None
+    shapes: dict[str, Shape] = {}
+    for value in [*inferred.input, *inferred.value_info, *inferred.output]:
+        tensor = value.type.tensor_type
+        if tensor.HasField("shape") and all(dim.HasField("dim_value") for dim in tensor.shape.dim):
+            shapes[value.name] = tuple(dim.dim_value for dim in tensor.shape.dim)
+    shapes.update({tensor.name: tuple(tensor.dims) for tensor in proto.graph.initializer})
+    return shapes
+
+
+def with_outputs(proto: onnx.ModelProto, names: Sequence[str]) -> onnx.ModelProto:
+    """A copy of the graph that puts out exactly `names`; nodes that lead to none of them are dropped.
+
+    Weights are shared with `proto` as far as protobuf allows (they are copied once).
+    """
+    copy = onnx.ModelProto()
+    copy.CopyFrom(proto)
+    graph = copy.graph
+    known = {value.name: value for value in [*graph.output, *graph.value_info, *graph.input]}
+    outputs = [known.get(name) or onnx.ValueInfoProto(name=name) for name in names]
+    outputs = [onnx.ValueInfoProto.FromString(value.SerializeToString()) for value in outputs]
+    producer = {name: node for node in graph.node for name in node.output if name}
+    needed: set[str] = set().union(*(ancestors(graph, name, producer) for name in names))
+    kept = [node for node in graph.node if needed.intersection(node.output)]
+    for node in kept:
+        needed.update(_captured(node))
+    weights = [tensor for tensor in graph.initializer if tensor.name in needed]
+    if len(kept) < len(graph.node):
+        nodes = [onnx.NodeProto.FromString(node.SerializeToString()) for node in kept]
+        del graph.node[:]
+        graph.node.extend(nodes)
+    if len(weights) < len(graph.initializer):
+        tensors = [onnx.TensorProto.FromString(tensor.SerializeToString()) for tensor in weights]
+        del graph.initializer[:]
+        graph.initializer.extend(tensors)
+    del graph.output[:]
+    graph.output.extend(outputs)
+    del graph.value_info[:]
+    return copy
+
+
+def _captured(node: onnx.NodeProto) -> set[str]:
+    """Names that a node's inner graphs may read from outside."""
+    names: set[str] = set()
+    for found in node.attribute:
+        for graph in [found.g, *found.graphs]:
+            for inner in graph.node:
+                names.update(inner.input)
+                names |= _captured(inner)
+    return names
+
+
+def make_batch_dynamic(proto: onnx.ModelProto, model: ModelFile) -> None:
+    """Open the batch axis of a file exported with a fixed one, in place.
+
+    The input's first size becomes symbolic, and constant Reshape targets that start with the fixed batch copy the
+    incoming one instead. Whether the graph then really treats rows apart is for the caller to try.
+    """
+    fixed = model.input.batch
+    if fixed is None:
+        return
+    _set_input(proto, model, "N", None)
+    del proto.graph.value_info[:]
+    for output in proto.graph.output:
+        output.type.tensor_type.ClearField("shape")
+    targets = {node.input[1] for node in proto.graph.node if node.op_type == "Reshape" and len(node.input) > 1}
+    tensors = [tensor for tensor in proto.graph.initializer if tensor.name in targets]
+    tensors += [
+        found.t
+        for node in proto.graph.node
+        if node.op_type == "Constant" and targets.intersection(node.output)
+        for found in node.attribute
+        if found.name == "value"
+    ]
+    for tensor in tensors:
+        target = numpy_helper.to_array(tensor).copy()
+        if target.ndim == 1 and len(target) and target[0] == fixed:
+            target[0] = 0
+            tensor.CopyFrom(numpy_helper.from_array(target, tensor.name))
