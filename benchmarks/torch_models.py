@@ -38,7 +38,8 @@ def conv(node: onnx.NodeProto, constants: Constants) -> nn.Module:
 
 
 def gemm(node: onnx.NodeProto, constants: Constants) -> nn.Module:
-    if attributes(node) != {"transB": 1}:
+    plain = {"alpha": 1.0, "beta": 1.0, "transA": 0, "transB": 1}
+    if {**plain, "transB": 0, **attributes(node)} != plain:
         raise ValueError(f"Gemm {node.name!r} is not a plain linear layer")
     out_features, in_features = constants[node.input[1]].shape
     layer = nn.Linear(in_features, out_features)

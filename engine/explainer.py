@@ -13,10 +13,10 @@ import numpy.typing as npt
 
 from .. import InputError
 from ..kernels import finish, host
-from ..models.preprocess import decode, normalise, view
+from ..models.preprocess import ImageRefused, decode, normalise, view
 from ..models.spec import ModelSpec
 from .backends import Session
-from .opening import DEFAULT_BATCH, Loaded, batch_is_free, blank_batch, load, open_best, require_classes
+from .opening import DEFAULT_BATCH, Loaded, batch_is_free, blank_batch, load, open_best
 from .schedule import Run, Scheduler
 from .types import (
     Combined,
@@ -43,7 +43,7 @@ def baseline_array(name: str, image: Array, spec: ModelSpec) -> Array | None:
     if name == "zero":
         return None
     if name == "black":
-        black = np.zeros((1, 1, spec.input_size[0]), dtype=np.uint8)
+        black = np.zeros((*spec.input_size[1:], spec.input_size[0]), dtype=np.uint8)
         return normalise(black, spec, str(image.dtype))
     if name == "mean":
         return np.asarray(image.mean(axis=axes, keepdims=True, dtype=np.float64), dtype=np.float32)
@@ -410,8 +410,8 @@ class Explainer:
         if isinstance(image, str | Path):
             try:
                 image = decode(Path(image).read_bytes(), exif=spec.exif, color=spec.color)
-            except OSError as err:
-                raise InputError(f"image {position}: {err.filename}: {err.strerror}") from None
+            except (OSError, ImageRefused) as err:
+                raise InputError(f"image {position}: {err}") from None
         elif np.issubdtype(image.dtype, np.floating):
             expected = blank_batch(self._loaded, 1).shape[1:]
             if image.shape != expected:

@@ -14,8 +14,8 @@ import numpy.typing as npt
 from .. import BackendError, InputError, ModelError
 from ..models.find_spec import find_spec
 from ..models.graph.head import linear_head, raw_scores
-from ..models.graph.tap import Reading, Tap, make_batch_dynamic, with_outputs
-from ..models.load import ModelFile, inline_external_data, open_model
+from ..models.graph.tap import Reading, Tap, inline_external_data, make_batch_dynamic, with_outputs
+from ..models.load import ModelFile, open_model
 from ..models.spec import ModelSpec
 from .backends import Profile, Session, choose, open_session
 from .methods import parse_method
@@ -53,7 +53,7 @@ class Loaded:
         proto = with_outputs(self.model.proto, [self.scores, *([self.tap.name] if self.tap else [])])
         if dynamic:
             make_batch_dynamic(proto, self.model)
-        inline_external_data(self.model, proto)
+        inline_external_data(proto, self.model)
         return bytes(proto.SerializeToString())
 
 
@@ -78,8 +78,12 @@ def load(
         raise InputError("a method was given twice with the same parameters")
     opened = open_model(Path(model), scores=scores)
     spec, source = find_spec(opened, preprocess=preprocess, labels=Path(labels) if labels else None, output=output)
-    reading = Reading(opened, (spec.input_size[1], spec.input_size[2]))
-    return load_opened(opened, spec, source, reading, calls, layer)
+    return load_opened(opened, spec, source, read_graph(opened, spec), calls, layer)
+
+
+def read_graph(model: ModelFile, spec: ModelSpec) -> Reading:
+    """The graph with the shapes and axes it has at the spec's input size."""
+    return Reading(model, (spec.input_size[1], spec.input_size[2]))
 
 
 def load_opened(

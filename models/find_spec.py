@@ -14,40 +14,46 @@ from .load import ModelFile
 from .spec import IMAGENET_MEAN, IMAGENET_STD, ModelSpec
 
 PRESETS: dict[str, dict[str, Any]] = {
-    "imagenet": {"mean": [*IMAGENET_MEAN], "std": [*IMAGENET_STD], "interpolation": "bilinear", "crop_pct": 0.875},
+    "imagenet": {
+        "mean": list(IMAGENET_MEAN),
+        "std": list(IMAGENET_STD),
+        "interpolation": "bilinear",
+        "crop_pct": 0.875,
+    },
     "raw": {"mean": 0.0, "std": 1.0, "interpolation": "bilinear", "crop_pct": 1.0},
 }
 PRESET_SIZE = 224
 METADATA_KEY = "heatmill.spec"
 MAX_TEXT_BYTES = 2**24
 
-_RESAMPLE = ("nearest", "lanczos", "bilinear", "bicubic", "box", "hamming")
-_TIMM_KEYS = {"pretrained_cfg", "architecture", "first_conv", "classifier", "pool_size"}
-_HF_KEYS = {"image_processor_type", "feature_extractor_type", "do_resize", "do_rescale", "do_normalize", "image_mean"}
-_HF_UNDERSTOOD = _HF_KEYS | {
-    *("size", "resample", "do_center_crop", "crop_size", "crop_pct", "rescale_factor", "image_std", "include_top"),
-    *("do_flip_channel_order", "do_flip_channels"),
+_OURS = {"layout", "color", "exif", "output", "target_layer"}
+_TIMM = {"pretrained_cfg", "architecture", "first_conv", "classifier", "pool_size"}
+_HUGGING_FACE = {"image_processor_type", "feature_extractor_type", "do_resize", "do_rescale", "do_normalize"}
+_READ = _HUGGING_FACE | {
+    *("size", "default_to_square", "resample", "do_center_crop", "crop_size", "crop_pct", "include_top"),
+    *("rescale_factor", "image_mean", "image_std", "do_flip_channel_order", "do_flip_channels"),
 }
-_HF_HARMLESS = {
+_HARMLESS = {
     *("processor_class", "_processor_class", "_valid_processor_keys", "do_convert_rgb", "do_reduce_labels"),
-    *("reduce_labels", "data_format", "input_data_format", "return_tensors", "device", "default_to_square"),
-    *("disable_grouping",),
+    *("reduce_labels", "data_format", "input_data_format", "return_tensors", "device", "disable_grouping"),
 }
+_RESAMPLE = ("nearest", "lanczos", "bilinear", "bicubic", "box", "hamming")
+_WRITE = "write a spec of your own"
 
 
 class _Processor(NamedTuple):
     """What a Hugging Face image processor does where its JSON is silent."""
 
-    square: bool  # a bare integer size is (size, size), not the shorter edge
+    square: bool  # an integer size means (size, size), not the shorter edge
     resample: int
-    crop: bool
+    crop: bool | None = None  # None: it never crops
 
 
 _PROCESSORS = {
     "Beit": _Processor(square=True, resample=3, crop=True),
     "Bit": _Processor(square=False, resample=3, crop=True),
     "CLIP": _Processor(square=False, resample=3, crop=True),
-    "ConvNext": _Processor(square=False, resample=3, crop=False),
+    "ConvNext": _Processor(square=False, resample=3),
     "DeiT": _Processor(square=True, resample=3, crop=True),
     "EfficientNet": _Processor(square=True, resample=0, crop=False),
     "Levit": _Processor(square=False, resample=3, crop=True),
@@ -55,13 +61,13 @@ _PROCESSORS = {
     "MobileNetV2": _Processor(square=False, resample=2, crop=True),
     "MobileViT": _Processor(square=False, resample=2, crop=True),
     "PoolFormer": _Processor(square=False, resample=3, crop=True),
-    "Pvt": _Processor(square=True, resample=2, crop=False),
-    "Segformer": _Processor(square=True, resample=2, crop=False),
-    "Siglip": _Processor(square=True, resample=3, crop=False),
-    "ViT": _Processor(square=True, resample=2, crop=False),
+    "Pvt": _Processor(square=True, resample=2),
+    "Segformer": _Processor(square=True, resample=2),
+    "Siglip": _Processor(square=True, resample=3),
+    "ViT": _Processor(square=True, resample=2),
     "ViTHybrid": _Processor(square=False, resample=3, crop=True),
 }
-# Files of 2021 and 2022 name no processor; transformers then goes by the model's type.
+# The oldest files name no processor; transformers then goes by the type of the model.
 _MODEL_TYPES = {
     **dict.fromkeys(("vit", "vit_msn", "swin", "swinv2"), "ViT"),
     **dict.fromkeys(("convnext", "convnextv2", "cvt", "regnet", "resnet", "van"), "ConvNext"),
@@ -86,21 +92,22 @@ def find_spec(
         ModelError: no spec was found, a field of it can't be represented, or it contradicts the model.
     """
     try:
-        spec, where = _locate(model, preprocess)
-        spec = {"layout": model.input.layout, "output": model.output_kind, **spec}
+        data, where = _locate(model, preprocess)
+        data = {"layout": model.input.layout, "output": model.output_kind, **data}
         if model.input.channels == 1:
-            spec.setdefault("color", "L")
+            data.setdefault("color", "L")
         if labels is not None:
-            spec["label_names"], where = _read_labels(Path(labels)), f"{where}, labels from {labels}"
+            data["label_names"], where = _read_labels(Path(labels)), f"{where}, labels from {labels}"
         if output is not None:
-            spec["output"] = output
-        found = ModelSpec.from_json(spec, where)
-        _reconcile(found, model, where)
+            data["output"] = output
+        _check_types(data, where)
+        spec = ModelSpec.from_json(data, where)
+        _reconcile(spec, model, where)
+    except ModelError as err:
+        raise ModelError(_short(str(err), 600)) from None
     except OSError as err:
-        raise ModelError(f"{err.filename or preprocess}: {err.strerror or err}; check the path") from None
-    except (KeyError, IndexError, TypeError, ValueError, OverflowError, RecursionError) as err:
-        raise ModelError(f"{model.path}: the spec can't be read ({type(err).__name__}: {err}); correct it") from None
-    return found, where
+        raise ModelError(f"{err.filename}: {err.strerror or err}; check the path") from None
+    return spec, where
 
 
 def _locate(model: ModelFile, preprocess: str | None) -> tuple[dict[str, Any], str]:
@@ -109,9 +116,7 @@ def _locate(model: ModelFile, preprocess: str | None) -> tuple[dict[str, Any], s
         return _preset(preprocess.lower(), model), f"preset {preprocess.lower()} (--preprocess)"
     if preprocess is not None:
         if not Path(preprocess).is_file():
-            raise ModelError(
-                f"--preprocess {preprocess!r} is no preset ({', '.join(PRESETS)}) and no file; give one of them"
-            )
+            raise ModelError(f"--preprocess {preprocess!r} is no file and no preset; presets: {', '.join(PRESETS)}")
         return _read_spec(Path(preprocess), model)
     sidecar = path.with_suffix(".json")
     if sidecar.exists():
@@ -123,7 +128,7 @@ def _locate(model: ModelFile, preprocess: str | None) -> tuple[dict[str, Any], s
     processor, config = path.with_name("preprocessor_config.json"), path.with_name("config.json")
     if processor.exists():
         return _read_spec(processor, model)
-    if config.exists() and _TIMM_KEYS & _read_json(config).keys():
+    if config.exists() and _TIMM & _read_json(config).keys():
         return _read_spec(config, model)
     raise ModelError(
         f"{path}: nothing says how its images are prepared; give --preprocess imagenet, another preset "
@@ -138,7 +143,7 @@ def _preset(name: str, model: ModelFile) -> dict[str, Any]:
             preset[key] = [preset[key]] * channels
         elif len(preset[key]) != channels:
             raise ModelError(
-                f"{model.path}: preset {name} is for {len(preset[key])} channels, the model takes {channels}; "
+                f"{model.path}: preset {name} has {len(preset[key])} channels, the model takes {channels}; "
                 "give --preprocess raw or a JSON file"
             )
     size = [channels, model.input.height or PRESET_SIZE, model.input.width or PRESET_SIZE]
@@ -148,28 +153,29 @@ def _preset(name: str, model: ModelFile) -> dict[str, Any]:
 def _read_spec(path: Path, model: ModelFile) -> tuple[dict[str, Any], str]:
     """The spec fields of a JSON file; its keys tell whose it is."""
     data = _read_json(path)
-    if _TIMM_KEYS & data.keys():
-        return _from_timm(data, model, str(path)), f"{path} (timm)"
-    if _HF_KEYS & data.keys():
-        beside = path.with_name("config.json")
-        config = _read_json(beside) if beside.exists() else {}
-        return _from_hugging_face(data, config, str(path)), f"{path} (Hugging Face)"
+    try:
+        if _TIMM & data.keys():
+            return _from_timm(data, model, str(path)), f"{path} (timm)"
+        if _HUGGING_FACE & data.keys():
+            beside = path.with_name("config.json")
+            config = _read_json(beside) if beside.exists() else {}
+            return _from_hugging_face(data, config, str(path)), f"{path} (Hugging Face)"
+    except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as err:
+        raise ModelError(f"{path}: a field has a wrong type or value ({type(err).__name__}: {err}); {_WRITE}") from None
     return data, str(path)
 
 
 def _from_timm(data: Mapping[str, Any], model: ModelFile, where: str) -> dict[str, Any]:
-    nested = data.get("pretrained_cfg", {})
-    config = {**data, **nested}
-    config.update({key: data[key] for key in ("label_names", "label_descriptions") if key in data})
+    mixed = sorted(_OURS & data.keys())
+    if mixed:
+        raise ModelError(f"{where}: a timm file has no field {mixed[0]!r}; leave it out, or {_WRITE}")
+    config = {**data, **data.get("pretrained_cfg", {})}
+    config |= {key: data[key] for key in ("label_names", "label_descriptions") if key in data}
     if config.get("label_offset"):
-        raise ModelError(
-            f"{where}: label_offset {config['label_offset']} can't be represented; write a spec of your own"
-        )
-    fixed = [model.input.channels, model.input.height, model.input.width]
-    tested = list(config.get("test_input_size") or ())
-    if tested == fixed != list(config.get("input_size") or ()):
-        config["input_size"] = tested
-        config["crop_pct"] = config.get("test_crop_pct") or config.get("crop_pct")
+        raise ModelError(f"{where}: label_offset = {config['label_offset']!r} can't be represented; {_WRITE}")
+    tested = config.get("test_input_size")
+    if tested and tested == [model.input.channels, model.input.height, model.input.width] != config.get("input_size"):
+        config |= {"input_size": tested, "crop_pct": config.get("test_crop_pct") or config.get("crop_pct")}
     spec = {key: _need(config, key, where) for key in ("input_size", "mean", "std", "interpolation", "crop_pct")}
     spec |= {"crop_mode": config.get("crop_mode") or "center", "exif": "ignore"}
     names = config.get("label_names") or config.get("labels")
@@ -179,35 +185,31 @@ def _from_timm(data: Mapping[str, Any], model: ModelFile, where: str) -> dict[st
     return spec
 
 
-def _from_hugging_face(data: Mapping[str, Any], config: Mapping[str, Any], where: str) -> dict[str, Any]:
+def _from_hugging_face(given: Mapping[str, Any], config: Mapping[str, Any], where: str) -> dict[str, Any]:
+    data = {key: value for key, value in given.items() if value is not None}
     kind = str(data.get("image_processor_type") or data.get("feature_extractor_type") or "")
     for ending in ("Fast", "Pil", "ImageProcessor", "FeatureExtractor"):
         kind = kind.removesuffix(ending)
-    kind = kind or _MODEL_TYPES.get(str(config.get("model_type")), "")
-    kind = {"ConvNeXT": "ConvNext", "Deit": "DeiT"}.get(kind, kind)
+    kind = kind or _MODEL_TYPES.get(str(config.get("model_type")), "(none named)")
     if kind not in _PROCESSORS:
-        raise ModelError(
-            f"{where}: the image processor {kind or '(none named)'!r} is not known; write a spec of your own "
-            f"(known: {', '.join(_PROCESSORS)})"
-        )
-    strange = sorted(key for key, value in data.items() if value and key not in _HF_UNDERSTOOD | _HF_HARMLESS)
-    strange += [key for key in ("do_resize",) if not data.get(key, True)]
+        raise ModelError(f"{where}: image processor {kind!r} is not known; {_WRITE} (known: {', '.join(_PROCESSORS)})")
+    processor = _PROCESSORS[kind]
+    strange = [key for key, value in data.items() if value and key not in _READ | _HARMLESS]
+    strange += ["do_resize"] * (not data.get("do_resize", True))
+    strange += ["do_center_crop"] * (processor.crop is None and data.get("do_center_crop", False))
+    strange += ["crop_pct"] * (kind not in ("ConvNext", "PoolFormer") and "crop_pct" in data)
     if strange:
         raise ModelError(
-            f"{where}: {strange[0]} = {data[strange[0]]!r} can't be represented in a spec; write a spec of your own"
+            f"{where}: {strange[0]} = {_short(repr(data[strange[0]]), 80)} of a {kind} image processor can't be "
+            f"represented; {_WRITE}"
         )
-    processor = _PROCESSORS[kind]
-    resample = data.get("resample")
-    resample = processor.resample if resample is None else resample
-    if isinstance(resample, bool) or resample not in range(len(_RESAMPLE)):
-        raise ModelError(f"{where}: resample = {resample!r} is not one of Pillow's filters 0 to {len(_RESAMPLE) - 1}")
     mean, std = _levels(kind, data, where)
     height, width, crop_pct, crop_mode = _geometry(kind, processor, data, where)
     spec = {
         "input_size": [len(mean), height, width],
         "mean": mean,
         "std": std,
-        "interpolation": _RESAMPLE[resample],
+        "interpolation": dict(enumerate(_RESAMPLE))[data.get("resample", processor.resample)],
         "crop_pct": crop_pct,
         "crop_mode": crop_mode,
         "exif": "apply",
@@ -236,37 +238,30 @@ def _geometry(kind: str, processor: _Processor, data: Mapping[str, Any], where: 
     """Height, width, crop_pct and crop_mode of a resize and a centre crop."""
     size = _need(data, "size", where)
     if isinstance(size, int):
-        size = {"height": size, "width": size} if processor.square else {"shortest_edge": size}
-    if not isinstance(size, dict) or set(size) not in ({"height", "width"}, {"shortest_edge"}):
-        raise ModelError(f"{where}: size = {size!r} can't be represented in a spec; write a spec of your own")
-    edge, crop_pct = size.get("shortest_edge"), data.get("crop_pct")
+        square = data.get("default_to_square", processor.square)
+        size = {"height": size, "width": size} if square else {"shortest_edge": size}
+    if set(size) not in ({"height", "width"}, {"shortest_edge"}):
+        raise ModelError(f"{where}: size = {_short(repr(size), 80)} can't be represented; {_WRITE}")
+    edge = size.get("shortest_edge")
     if kind == "ConvNext":
-        if edge is None:
-            raise ModelError(f"{where}: size = {size!r} needs a shortest_edge for {kind}")
-        return (edge, edge, crop_pct or 0.875, "center") if edge < 384 else (edge, edge, 1.0, "squash")
-    if crop_pct is not None and (kind != "PoolFormer" or edge is None):
-        raise ModelError(f"{where}: crop_pct = {crop_pct!r} can't be represented for {kind}; write a spec of your own")
-    if edge is not None and kind == "Levit":
+        edge = size["shortest_edge"]
+        return (edge, edge, data.get("crop_pct", 0.875), "center") if edge < 384 else (edge, edge, 1.0, "squash")
+    if kind == "PoolFormer":
+        edge = int(size["shortest_edge"] / _need(data, "crop_pct", where))
+    if kind == "Levit" and edge is not None:
         edge = int(256 / 224 * edge)
-    if edge is not None and kind == "PoolFormer":
-        edge = int(edge / (crop_pct or (0.9 if "crop_pct" not in data else 1.0)))
-    resized = (edge, edge) if edge else (size["height"], size["width"])
-    crop = resized
+    resized = crop = (size["height"], size["width"]) if edge is None else (edge, edge)
     if data.get("do_center_crop", processor.crop):
         crop = _need(data, "crop_size", where)
         crop = (crop, crop) if isinstance(crop, int) else (crop["height"], crop["width"])
-    elif edge:
-        raise ModelError(
-            f"{where}: shortest_edge without do_center_crop gives images of many shapes; write a spec of your own"
-        )
-    if edge and crop[0] != crop[1]:
-        raise ModelError(
-            f"{where}: crop_size = {crop} of a shortest_edge can't be represented; write a spec of your own"
-        )
-    for crop_pct in (crop[0] / resized[0], math.nextafter(crop[0] / resized[0], 0)):
-        if crop_pct <= 1 and all(math.floor(c / crop_pct) == r for c, r in zip(crop, resized, strict=True)):
-            return (*crop, crop_pct, "center" if edge else "squash")
-    raise ModelError(f"{where}: crop_size = {crop} of {resized} can't be represented; write a spec of your own")
+    elif edge is not None:
+        raise ModelError(f"{where}: size = {size} without do_center_crop leaves the shape open; {_WRITE}")
+    ratio = crop[0] / resized[0]
+    if edge is None or crop[0] == crop[1]:
+        for crop_pct in (ratio, math.nextafter(ratio, 0)):  # the resize is floor(crop / crop_pct)
+            if crop_pct <= 1 and resized == (math.floor(crop[0] / crop_pct), math.floor(crop[1] / crop_pct)):
+                return (*crop, crop_pct, "center" if edge is not None else "squash")
+    raise ModelError(f"{where}: crop_size = {crop} of size = {size} can't be represented; {_WRITE}")
 
 
 def _need(data: Mapping[str, Any], key: str, where: str) -> Any:
@@ -282,40 +277,35 @@ def _numbers(data: Mapping[str, Any], key: str, where: str) -> list[float]:
 
 def _read_labels(path: Path) -> list[str]:
     text = _read_text(path)
-    if path.suffix.lower() != ".json":
-        return text.splitlines()
-    try:
-        return _label_list(json.loads(text), str(path))
-    except (ValueError, RecursionError) as err:
-        raise ModelError(f"{path}: not JSON ({err})") from None
+    if path.suffix.lower() == ".json":
+        return _label_list(_load_json(text, str(path)), str(path))
+    return [line.strip() for line in text.rstrip().split("\n")]
 
 
 def _label_list(names: Any, where: str) -> list[str]:
-    """Names in order of their class: a list, {"0": name}, or Keras' {"0": [wordnet id, name]}."""
+    """Names in the order of their classes, from a list, {"0": name}, or Keras' {"0": [wordnet id, name]}."""
     if isinstance(names, dict):
-        order = {int(key): value for key, value in names.items()}
+        order = {int(key): name for key, name in names.items() if key.isdecimal()}
         if sorted(order) != list(range(len(names))):
-            raise ModelError(f"{where}: label numbers are not 0 to {len(names) - 1}; give --labels")
+            raise ModelError(f"{where}: the classes of the labels are not 0 to {len(names) - 1}; give --labels")
         names = [order[index] for index in range(len(names))]
     if isinstance(names, list):
-        names = [name[1] if isinstance(name, list) and len(name) == 2 else name for name in names]
-        if all(isinstance(name, str) for name in names):
-            return names
-    raise ModelError(f'{where}: labels are a list of names or {{"0": name, ...}}')
+        found = [name[1] if isinstance(name, list) and len(name) == 2 else name for name in names]
+        if found and all(isinstance(name, str) for name in found):
+            return found
+    raise ModelError(f'{where}: labels are a list of names or {{"0": name, ...}}; correct them')
 
 
 def _read_text(path: Path) -> str:
     info = path.stat()
     if not stat.S_ISREG(info.st_mode):
-        raise ModelError(f"{path}: is not a regular file")
+        raise ModelError(f"{path}: not a regular file; give a JSON or text file")
     if info.st_size > MAX_TEXT_BYTES:
-        raise ModelError(
-            f"{path}: has {info.st_size} bytes, over the limit of {MAX_TEXT_BYTES} for a JSON or text file"
-        )
+        raise ModelError(f"{path}: {info.st_size} bytes are too many for a JSON or text file; give the right one")
     try:
         return path.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError:
-        raise ModelError(f"{path}: is not UTF-8 text") from None
+        raise ModelError(f"{path}: not UTF-8 text; give a JSON or text file") from None
 
 
 def _read_json(path: Path) -> dict[str, Any]:
@@ -323,13 +313,34 @@ def _read_json(path: Path) -> dict[str, Any]:
 
 
 def _parse(text: str, where: str) -> dict[str, Any]:
-    try:
-        data = json.loads(text)
-    except (ValueError, RecursionError) as err:
-        raise ModelError(f"{where}: not JSON ({err})") from None
+    data = _load_json(text, where)
     if not isinstance(data, dict):
-        raise ModelError(f"{where}: is not a JSON object")
+        raise ModelError(f"{where}: not a JSON object; write one")
     return data
+
+
+def _load_json(text: str, where: str) -> Any:
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError) as err:
+        raise ModelError(f"{where}: not JSON ({err}); correct it") from None
+
+
+def _check_types(data: Mapping[str, Any], where: str) -> None:
+    for key, kind, words in (
+        ("input_size", int, "integers"),
+        ("mean", (int, float), "numbers"),
+        ("std", (int, float), "numbers"),
+        ("label_names", str, "names"),
+    ):
+        values = data.get(key, [])
+        fits = isinstance(values, list) and all(isinstance(v, kind) and not isinstance(v, bool) for v in values)
+        if not fits or (kind is not str and not all(abs(value) < 1e9 for value in values)):
+            raise ModelError(f"{where}: {key} = {_short(repr(values), 80)} is not a list of {words}; correct it")
+    if len(data.get("input_size", "chw")) != 3:
+        raise ModelError(f"{where}: input_size = {data['input_size']} is not [channels, height, width]; correct it")
+    if not isinstance(data.get("target_layer"), str | None):
+        raise ModelError(f"{where}: target_layer = {data['target_layer']!r} is not a name; correct it")
 
 
 def _reconcile(spec: ModelSpec, model: ModelFile, where: str) -> None:
@@ -337,7 +348,7 @@ def _reconcile(spec: ModelSpec, model: ModelFile, where: str) -> None:
     image = model.input
     actual = (image.channels, image.height, image.width)
     if any(given not in (None, wanted) for given, wanted in zip(actual, spec.input_size, strict=True)):
-        shown = [size or "any" for size in actual]
+        shown = f"[{', '.join(str(size or 'any') for size in actual)}]"
         raise ModelError(f"{where}: input_size {list(spec.input_size)}, but the model takes {shown}; correct the spec")
     if spec.layout != image.layout:
         raise ModelError(f"{where}: layout {spec.layout}, but the model takes {image.layout}; correct the spec")
@@ -356,3 +367,7 @@ def _reconcile(spec: ModelSpec, model: ModelFile, where: str) -> None:
             f"{where}: output {spec.output}, but the graph's last operator gives {model.output_kind}; "
             f'set "output" to "{model.output_kind}"'
         )
+
+
+def _short(text: str, limit: int) -> str:
+    return text if len(text) <= limit else f"{text[:limit]}..."

@@ -6,12 +6,15 @@ import hashlib
 import math
 import stat
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path, PureWindowsPath
 from typing import Any
 
 import onnx
 from google.protobuf.message import DecodeError, Message  # type: ignore[import-untyped]
+from onnx.checker import ValidationError
+from onnx.shape_inference import InferenceError
 
 from .. import ModelError
 
@@ -113,16 +116,8 @@ def open_model(path: Path, *, scores: str | None = None) -> ModelFile:
             that are not known here, or is not an image classifier.
     """
     path = Path(path).absolute()
-    try:
+    with _refusals(path):
         return _open(path, scores)
-    except ModelError as err:
-        raise ModelError(f"{path}: {err}") from None
-    except OSError as err:
-        raise ModelError(f"{path}: {err.strerror or err}; check the path and its permissions") from None
-    except MemoryError:
-        raise ModelError(f"{path}: not enough memory to read the model") from None
-    except (DecodeError, ValueError, TypeError, LookupError, OverflowError, RuntimeError) as err:
-        raise ModelError(f"{path}: damaged ONNX file ({_line(err)}); export it again") from None
 
 
 def strip_weights(proto: onnx.ModelProto, keep_bytes: int = 1024) -> onnx.ModelProto:
@@ -131,6 +126,21 @@ def strip_weights(proto: onnx.ModelProto, keep_bytes: int = 1024) -> onnx.ModelP
     _copy(proto, slim, skip=("graph",))
     _strip_graph(proto.graph, slim.graph, keep_bytes)
     return slim
+
+
+@contextmanager
+def _refusals(path: Path) -> Iterator[None]:
+    """Every failure in here becomes a one-line ModelError that names the file."""
+    try:
+        yield
+    except ModelError as err:
+        raise ModelError(f"{path}: {err}") from None
+    except OSError as err:
+        raise ModelError(f"{path}: {err.strerror or err}; check the path and its permissions") from None
+    except MemoryError:
+        raise ModelError(f"{path}: not enough memory to read the model") from None
+    except (DecodeError, InferenceError, ValueError, TypeError, LookupError, OverflowError, RuntimeError) as err:
+        raise ModelError(f"{path}: damaged ONNX file ({_line(err)}); export it again") from None
 
 
 def _open(path: Path, scores: str | None) -> ModelFile:
@@ -294,7 +304,7 @@ def _check_range(path: Path, tensor: onnx.TensorProto, size: int, files: dict[st
     entries = {entry.key: entry.value for entry in tensor.external_data}
     location = entries.get("location", "")
     if location not in files:
-        files[location] = _data_file(path, location)
+        files[location] = data_file(path, location)
     numbers = {}
     for key, default in (("offset", 0), ("length", size)):
         text = entries.get(key, str(default))
@@ -314,7 +324,7 @@ def _check_range(path: Path, tensor: onnx.TensorProto, size: int, files: dict[st
         )
 
 
-def _data_file(path: Path, location: str) -> Path:
+def data_file(path: Path, location: str) -> Path:
     """The external data file at `location`, by ONNX Runtime's rule.
 
     It stands inside the model's folder or inside the folder of the model's real path: a download cache
@@ -345,20 +355,22 @@ def _check_operators(graphs: list[onnx.GraphProto]) -> None:
 
 
 def _check_structure(skeleton: onnx.ModelProto) -> None:
-    """Operators, attributes and order of nodes, by ONNX's checker."""
-    hollow = onnx.ModelProto()
-    hollow.CopyFrom(skeleton)
+    """Operators, attributes and order of nodes, by ONNX's checker.
+
+    It is stricter than ONNX Runtime about what exporters leave out: shapes of outputs, and in IR version 3
+    the initializers among the inputs.
+    """
+    hollow = strip_weights(skeleton, keep_bytes=0)
+    hollow.ir_version = max(4, hollow.ir_version)
     for graph in _graphs(hollow.graph):
         for tensor in (*graph.initializer, *_attribute_tensors(graph)):
-            if (
-                math.prod(tensor.dims)
-                and not tensor.HasField("raw_data")
-                and not any(getattr(tensor, n) for n in _VALUES)
-            ):
-                tensor.dims[:] = [0]
+            tensor.dims[:] = [0]
+        for value in (*graph.input, *graph.output):
+            if value.type.HasField("tensor_type"):
+                value.type.tensor_type.shape.SetInParent()
     try:
         onnx.checker.check_model(hollow)
-    except onnx.checker.ValidationError as err:
+    except ValidationError as err:
         raise ModelError(f"is not valid ONNX: {_line(err)}; export it again") from None
 
 
@@ -394,6 +406,7 @@ def _first_convolution(graph: onnx.GraphProto, image: str) -> tuple[str, int | N
     """Layout and channels of an image whose own shape leaves them open, from the first convolution it reaches."""
     kernels: dict[str, tuple[int, ...]] = {tensor.name: tuple(tensor.dims) for tensor in graph.initializer}
     orders: dict[str, tuple[int, ...]] = {image: (0, 1, 2, 3)}
+    layouts: dict[tuple[int, ...], str] = {(0, 1, 2, 3): "NCHW", (0, 3, 1, 2): "NHWC"}
     for node in graph.node:
         source = next((name for name in node.input if name in orders), None)
         if node.op_type == "Constant":
@@ -407,10 +420,9 @@ def _first_convolution(graph: onnx.GraphProto, image: str) -> tuple[str, int | N
             orders[node.output[0]] = tuple(orders[source][axis] for axis in perm)
         elif source is not None and node.op_type in ("Conv", "QLinearConv"):
             kernel = kernels.get(node.input[1 if node.op_type == "Conv" else 3], ())
-            layout = {(0, 1, 2, 3): "NCHW", (0, 3, 1, 2): "NHWC"}.get(orders[source])
-            if layout is None or len(kernel) != 4:
-                break
-            return layout, kernel[1] * _attribute(node, "group", 1)
+            if len(kernel) == 4 and orders[source] in layouts:
+                return layouts[orders[source]], kernel[1] * _attribute(node, "group", 1)
+            break
     return "NCHW", None
 
 
@@ -432,10 +444,7 @@ def _infer_shapes(skeleton: onnx.ModelProto, image: ImageInput) -> dict[str, Sha
             dims = value.type.tensor_type.shape.dim
             for dim, size in zip(dims, (image.batch or 1, *sizes), strict=True):
                 dim.dim_value = size
-    try:
-        graph = onnx.shape_inference.infer_shapes(model).graph
-    except onnx.shape_inference.InferenceError as err:
-        raise ModelError(f"has types that contradict each other ({_line(err)}); export it again") from None
+    graph = onnx.shape_inference.infer_shapes(model).graph
     values = (*graph.input, *graph.value_info, *graph.output)
     return {value.name: shape for value in values if (shape := _shape(value)) is not None}
 
@@ -563,4 +572,5 @@ def _name(text: str) -> str:
 
 
 def _line(err: BaseException) -> str:
-    return " ".join(str(err).split())[:240]
+    text = " ".join(str(err).split())[:240]
+    return "".join(char if char.isprintable() else repr(char)[1:-1] for char in text)

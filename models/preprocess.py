@@ -74,7 +74,7 @@ _UPRIGHT: dict[object, Callable[[Array], Array]] = {
 _JPEG_COLORSPACE = {"L": "GRAY", "RGB": "RGB", "CMYK": "CMYK"}
 
 # Above this many pixels the resized photograph is not made in full, only the part that the crop keeps: a
-# 1x20000 strip would need gigabytes. Pillow then rounds its weights elsewhere, by at most one grey level.
+# 1x20000 strip would need gigabytes. Pillow then rounds its weights elsewhere: a grey level or two.
 _MAX_RESIZED = 1 << 24
 
 
@@ -84,8 +84,8 @@ def decode(
     """The pixels of an encoded JPEG, PNG, WEBP, BMP, GIF or TIFF image, as Pillow's `convert` gives them.
 
     The format is read from the content, the size from the header, before a decoder allocates anything. The
-    first frame counts, alpha is dropped, 16-bit grey is scaled (not clipped) to 8 bits. A JPEG with damage
-    inside its pixels is refused, although many decoders would show it.
+    first frame counts, alpha is dropped, 16-bit grey is scaled (not clipped) to 8 bits. A JPEG in which libjpeg
+    notices damage is refused, although many decoders would show it; what no checksum guards can pass unnoticed.
 
     Args:
         data: the whole file.
@@ -135,7 +135,9 @@ def decode(
 
 def _webp_canvas(data: bytes) -> tuple[int, int] | None:
     """Width and height that a WEBP header claims; Pillow's constructor already allocates the canvas."""
-    chunk, head = data[12:16], data[20:30].ljust(10, b"\0")
+    chunk, head = data[12:16], data[20:30]
+    if len(head) < 10:
+        return None
     if chunk == b"VP8X":
         return 1 + int.from_bytes(head[4:7], "little"), 1 + int.from_bytes(head[7:10], "little")
     if chunk == b"VP8L":

@@ -22,6 +22,7 @@ from ..methods import parse_method, plain
 Array = npt.NDArray[Any]
 
 FORMAT = 1
+PLAN = "plan/plan-00000.parquet"
 UPSAMPLE = "linear / half_pixel / edge-clamped"
 STATUSES = (
     "ok",
@@ -96,12 +97,11 @@ def decode_pixels(data: bytes, scale: float, offset: float, shape: Sequence[int]
     return (halves.astype(np.float64) * scale + offset).astype(np.float32)
 
 
-def write_atomically(path: Path, data: bytes) -> None:
-    """Bytes, fsync, one rename, directory fsync: the final name is the commit."""
-    folder = path.parent.parent / "_tmp" if path.parent.name in ("data", "plan") else path.parent
-    folder.mkdir(parents=True, exist_ok=True)
+def commit(run: Path, name: str, data: bytes) -> None:
+    """Bytes, fsync, one rename, directory fsync: the final name under the run's folder is the commit."""
+    path, temporary = run / name, run / "_tmp" / f"{Path(name).name}.{os.getpid()}"
+    temporary.parent.mkdir(parents=True, exist_ok=True)
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = folder / f"{path.name}.{os.getpid()}.tmp"
     try:
         with temporary.open("wb") as file:
             file.write(data)
@@ -111,15 +111,15 @@ def write_atomically(path: Path, data: bytes) -> None:
     except OSError:
         temporary.unlink(missing_ok=True)
         raise
-    handle = os.open(path.parent, os.O_RDONLY)
+    folder = os.open(path.parent, os.O_RDONLY)
     try:
-        os.fsync(handle)
+        os.fsync(folder)
     finally:
-        os.close(handle)
+        os.close(folder)
 
 
-def part_path(run: Path, shard: int) -> Path:
-    return run / "data" / f"part-{shard:06d}.parquet"
+def part_name(shard: int) -> str:
+    return f"data/part-{shard:06d}.parquet"
 
 
 def committed(run: Path) -> set[int]:
@@ -146,7 +146,7 @@ def parquet_bytes(table: pa.Table) -> bytes:
 def write_part(run: Path, shard: int, rows: Sequence[Mapping[str, Any]], columns: pa.Schema, footer: str) -> None:
     """Commit one shard's rows, in the order given."""
     table = pa.Table.from_pylist(list(rows), schema=columns.with_metadata({b"heatmill": footer.encode()}))
-    write_atomically(part_path(run, shard), parquet_bytes(table))
+    commit(run, part_name(shard), parquet_bytes(table))
 
 
 @dataclass(frozen=True, slots=True)
@@ -214,7 +214,7 @@ class Run:
 
     def parts(self) -> list[Path]:
         """The committed parts, in plan order."""
-        return [part_path(self.path, shard) for shard in sorted(committed(self.path))]
+        return [self.path / part_name(shard) for shard in sorted(committed(self.path))]
 
     def rows(
         self, method: str | None = None, target: int | None = None, status: str | None = None
@@ -226,17 +226,16 @@ class Run:
         """
         finishes: dict[str, tuple[str, ...]] = {}
         for path in self.parts():
-            for batch in self._batches(path):
-                for values in batch.to_pylist():
-                    call = values["method"]
-                    if method is not None and plain(method) not in (plain(call), plain(call.partition(":")[0])):
-                        continue
-                    if target not in (None, values["target"]) or status not in (None, values["status"]):
-                        continue
-                    if call not in finishes:
-                        parsed = parse_method(call)
-                        finishes[call] = parsed.method.finish(parsed.parameters)
-                    yield self._row(values, finishes[call])
+            for values, raw in self._values(path):
+                call = values["method"]
+                if method is not None and plain(method) not in (plain(call), plain(call.partition(":")[0])):
+                    continue
+                if target not in (None, values["target"]) or status not in (None, values["status"]):
+                    continue
+                if call not in finishes:
+                    parsed = parse_method(call)
+                    finishes[call] = parsed.method.finish(parsed.parameters)
+                yield self._row(values, raw, finishes[call])
 
     def table(self) -> pa.Table:
         """Every column but the maps.
@@ -251,17 +250,26 @@ class Run:
                 tables.append(pq.read_table(path, columns=kept).replace_schema_metadata())
         return pa.concat_tables(tables) if tables else pa.schema(COLUMNS).empty_table().select(kept)
 
-    def _batches(self, path: Path) -> Iterator[pa.RecordBatch]:
+    def _values(self, path: Path) -> Iterator[tuple[dict[str, Any], Array | None]]:
+        """The columns of each row of a part, and its map."""
         with _named(path), pq.ParquetFile(path, page_checksum_verification=True) as file:
-            yield from file.iter_batches(batch_size=256)
+            for batch in file.iter_batches(batch_size=256):
+                maps = None
+                if self.grid is not None:
+                    column = batch.column("map")
+                    maps = column.values.to_numpy(zero_copy_only=False).reshape(-1, *self.grid)[column.offset :]
+                    batch = batch.drop_columns(["map"])
+                for i, values in enumerate(batch.to_pylist()):
+                    shape = values.pop("map_shape")
+                    if values.get("map_scale") is not None:
+                        packed = values[pixel_column(self.grid)]
+                        yield values, decode_pixels(packed, values["map_scale"], values["map_offset"], shape)
+                    elif shape is not None and maps is not None:
+                        yield values, maps[i].copy()
+                    else:
+                        yield values, None
 
-    def _row(self, values: dict[str, Any], steps: tuple[str, ...]) -> Row:
-        shape, raw = values["map_shape"], None
-        packed = values.get(pixel_column(self.grid)) if values.get("map_scale") is not None else None
-        if packed is not None:
-            raw = decode_pixels(packed, values["map_scale"], values["map_offset"], shape)
-        elif shape is not None:
-            raw = np.array(values["map"], dtype=np.float32).reshape(shape)
+    def _row(self, values: dict[str, Any], raw: Array | None, steps: tuple[str, ...]) -> Row:
         return Row(
             row=values["row"],
             id=values["id"],
@@ -334,9 +342,9 @@ def verify(path: str | Path) -> dict[str, int]:
     run = open_run(path)
     counts = {"shards": run.shards, "committed": 0, "rows": 0, "ok": 0}
     size, images, each = int(run.settings["shard_rows"]), int(run.settings["images"]), int(run.settings["rows_per_image"])
-    plan = pq.read_table(run.path / "plan" / "plan-00000.parquet")
+    plan = pq.read_table(run.path / PLAN)
     for shard in sorted(committed(run.path)):
-        part = part_path(run.path, shard)
+        part = run.path / part_name(shard)
         with _named(part):
             footer = pq.read_schema(part).metadata or {}
         if json.loads(footer.get(b"heatmill", b"{}")).get("plan_hash") != run.settings["plan_hash"]:
@@ -348,15 +356,13 @@ def verify(path: str | Path) -> dict[str, int]:
             for _ in range(each)
         ]
         found: list[tuple[int, str]] = []
-        for batch in run._batches(part):
-            for values in batch.to_pylist():
-                row = run._row(values, ())
-                found.append((row.row, row.id))
-                if row.status not in STATUSES:
-                    raise RunError(f"{part}: row {row.id!r} has the unknown status {row.status!r}")
-                if row.status == "ok" and (row.map is None or not np.isfinite(row.map).all()):
-                    raise RunError(f"{part}: row {row.id!r} is ok and has no finite map")
-                counts["ok"] += row.status == "ok"
+        for values, raw in run._values(part):
+            found.append((values["row"], values["id"]))
+            if values["status"] not in STATUSES:
+                raise RunError(f"{part}: row {values['id']!r} has the unknown status {values['status']!r}")
+            if values["status"] == "ok" and (raw is None or not np.isfinite(raw).all()):
+                raise RunError(f"{part}: row {values['id']!r} is ok and has no finite map")
+            counts["ok"] += values["status"] == "ok"
         if found != expected:
             raise RunError(f"{part}: holds {len(found)} rows, not the plan's {len(expected)} in order; delete and resume")
         counts["committed"] += 1

@@ -18,7 +18,7 @@ import onnx
 from onnx import TensorProto, helper, numpy_helper, shape_inference
 
 from ... import ModelError
-from ..load import ModelFile, strip_weights
+from ..load import MAX_FILE_BYTES, ModelFile, data_file, strip_weights
 
 Array = npt.NDArray[Any]
 Shape = tuple[int, ...]
@@ -432,3 +432,24 @@ def make_batch_dynamic(proto: onnx.ModelProto, model: ModelFile) -> None:
         if target.ndim == 1 and len(target) and target[0] == fixed:
             target[0] = 0
             tensor.CopyFrom(numpy_helper.from_array(target, tensor.name))
+
+
+def inline_external_data(proto: onnx.ModelProto, model: ModelFile) -> None:
+    """Read external weights into the graph, in place: a graph that was changed no longer lies beside its data.
+
+    Raises:
+        ModelError: the graph with its weights exceeds protobuf's 2 GiB.
+    """
+    total = 0
+    for tensor in proto.graph.initializer:
+        if tensor.data_location == TensorProto.EXTERNAL:
+            entries = {entry.key: entry.value for entry in tensor.external_data}
+            length = int(entries["length"]) if "length" in entries else None
+            with data_file(model.path, entries["location"]).open("rb") as file:
+                file.seek(int(entries.get("offset", 0)))
+                tensor.raw_data = file.read() if length is None else file.read(length)
+            tensor.ClearField("external_data")
+            tensor.ClearField("data_location")
+            total += len(tensor.raw_data)
+            if total > MAX_FILE_BYTES:
+                raise ModelError(f"{model.path.name}: more than 2 GiB of weights is more than one graph can hold")

@@ -1,0 +1,358 @@
+"""The command line: parse, call one function, print."""
+
+if __name__ == "__main__" and not __package__:  # `python cli.py` means `python -m heatmill.cli`
+    import runpy
+
+    runpy.run_module("heatmill.cli", run_name="__main__", alter_sys=True)
+    raise SystemExit
+
+import errno
+import json
+import sys
+import tomllib
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import click
+
+from . import HeatmillError, InputError, __version__
+
+INTERRUPTED = 130
+Command = Callable[..., Any]
+
+
+class Program(click.Group):
+    """Turns every refusal into one line on stderr and the exit code of the contract."""
+
+    def main(self, *args: Any, **kwargs: Any) -> Any:
+        debug = "--debug" in (kwargs.get("args") or sys.argv[1:])
+        try:
+            kwargs["standalone_mode"] = False
+            result = super().main(*args, **kwargs)
+            raise SystemExit(result if isinstance(result, int) else 0)
+        except click.exceptions.Abort:
+            _fail("interrupted", INTERRUPTED)
+        except KeyboardInterrupt:
+            _fail("interrupted; the same command resumes", INTERRUPTED)
+        except click.ClickException as err:
+            _fail(_one_line(err.format_message()), 2)
+        except BrokenPipeError:
+            sys.stderr.close()
+            raise SystemExit(1) from None
+        except (HeatmillError, OSError, Exception) as err:
+            if debug:
+                traceback.print_exc()
+            if isinstance(err, HeatmillError):
+                _fail(_one_line(str(err)), err.exit_code)
+            if isinstance(err, OSError) and err.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+                _fail(f"no space is left ({err.filename or 'disk full'}); the same command resumes", 4)
+            hint = "" if debug else "; --debug shows where"
+            _fail(f"a bug in heatmill: {type(err).__name__}: {_one_line(str(err))}{hint}", 1)
+
+
+def _one_line(text: str) -> str:
+    return " ".join(text.split())
+
+
+def _fail(message: str, code: int) -> None:
+    click.echo(f"heatmill: {message}", err=True)
+    raise SystemExit(code)
+
+
+def model_options(command: Command) -> Command:
+    """Flags that say what the model file does not."""
+    for option in reversed(
+        [
+            click.option("--layer", metavar="NAME", help="Value or node to read feature maps from [default: automatic]."),
+            click.option("--preprocess", metavar="NAME|FILE", help="Preset (imagenet, raw) or JSON spec of the model."),
+            click.option("--labels", type=click.Path(path_type=Path), help="Class names: text or JSON file."),
+            click.option("--output", metavar="KIND", help="What the scores are: logits, probabilities or sigmoid."),
+            click.option("--scores", metavar="NAME", help="The score output, where the model has several."),
+        ]
+    ):
+        command = option(command)
+    return command
+
+
+def session_options(command: Command) -> Command:
+    """Flags that say how the network is run."""
+    for option in reversed(
+        [
+            click.option("--backend", default="auto", show_default=True, help="auto, reference or onnxruntime."),
+            click.option("--provider", help="ONNX Runtime's provider: cpu or openvino [default: the fastest]."),
+            click.option("--precision", default="auto", show_default=True, help="auto, fp32, bf16, fp16 or int8."),
+            click.option("--batch-size", default="auto", show_default=True, help="Rows per network call."),
+        ]
+    ):
+        command = option(command)
+    return command
+
+
+def common_options(command: Command) -> Command:
+    """Flags of every command."""
+    command = click.option("--json", "as_json", is_flag=True, help="One JSON object on stdout.")(command)
+    return click.option("--debug", is_flag=True, help="Show the traceback of an error.")(command)
+
+
+def _batch_size(text: str) -> int | None:
+    if text == "auto":
+        return None
+    if not text.isdigit() or not 1 <= int(text) <= 4096:
+        raise InputError(f"--batch-size {text!r}: give auto or a number from 1 to 4096")
+    return int(text)
+
+
+def _read_config(context: click.Context, parameter: click.Parameter, value: Path | None) -> Path | None:
+    """A TOML file's keys become the flags' defaults; an unknown key is refused."""
+    if value is None:
+        return None
+    try:
+        config = tomllib.loads(value.read_text())
+    except (OSError, ValueError) as err:
+        raise click.UsageError(f"{value}: can't be read as TOML ({err})") from None
+    known = {option.name: option for option in context.command.params if option.name not in ("config", "debug")}
+    defaults: dict[str, Any] = {}
+    for key, given in config.items():
+        name = {"json": "as_json"}.get(key, key.replace("-", "_"))
+        if name not in known:
+            raise click.UsageError(f"{value}: unknown key {key!r}; known: {', '.join(sorted(map(str, known)))}")
+        many = known[name].multiple if isinstance(known[name], click.Option) else known[name].nargs == -1
+        defaults[name] = [given] if many and not isinstance(given, list) else given
+    context.default_map = {**(context.default_map or {}), **defaults}
+    return value
+
+
+@click.group(cls=Program, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
+@click.version_option(__version__, prog_name="heatmill")
+def main() -> None:
+    """Saliency maps for ONNX image classifiers, at data-set scale.
+
+    Example: heatmill explain model.onnx photos/ -o run
+    """
+
+
+@main.command()
+@click.argument("model", type=click.Path(path_type=Path), required=False)
+@click.argument("inputs", nargs=-1, type=click.Path(path_type=Path))
+@click.option("-o", "--out", type=click.Path(path_type=Path), help="Folder of the run; an existing run is resumed.")
+@click.option("-m", "--method", "methods", multiple=True, default=["score-cam"], show_default=True,
+              metavar="NAME[:key=value,...]", help="Repeatable; heatmill methods lists them.")
+@click.option("-t", "--target", "targets", multiple=True, default=["predicted"], show_default=True,
+              metavar="TARGET", help="predicted, topN, label, a class number or name; repeatable.")
+@model_options
+@session_options
+@click.option("--seed", default=0, show_default=True, type=click.IntRange(0, 2**63 - 1), help="Of random masks.")
+@click.option("--limit", type=click.IntRange(1), help="Explain only the first N images.")
+@click.option("--workers", type=click.IntRange(1, 256), help="Threads that decode images [default: the cores].")
+@click.option("--max-bad", default=0.01, show_default=True, type=click.FloatRange(0, 1),
+              help="Share of bad images above which the exit code is 3.")
+@click.option("--overwrite", is_flag=True, help="Remove an existing run in the folder first.")
+@click.option("--save-overlays", is_flag=True, help="Write a PNG per map to OUT/report/overlays.")
+@click.option("--quiet", is_flag=True, help="No progress.")
+@click.option("--log-format", type=click.Choice(["auto", "json"]), default="auto", help="Of progress on stderr.")
+@click.option("--config", type=click.Path(path_type=Path, dir_okay=False), is_eager=True, callback=_read_config,
+              expose_value=False, help="TOML file in which every flag can stand.")
+@click.option("--generate-config", is_flag=True, help="Print the given flags as TOML, and do nothing.")
+@common_options
+def explain(**options: Any) -> int:
+    """Write one saliency map per image and target to a run's folder.
+
+    MODEL is an ONNX classifier; INPUTS are folders, image files or manifests (.csv, .parquet).
+
+    \b
+    Example: heatmill explain model.onnx photos/ -o run
+             heatmill explain model.onnx val.csv -o run -m rise -t label -t predicted
+    """
+    if options["generate_config"]:
+        click.echo(_as_toml(options), nl=False)
+        return 0
+    if options["model"] is None or not options["inputs"] or options["out"] is None:
+        raise click.UsageError("give MODEL, INPUTS and -o OUT (heatmill explain --help)")
+    from .engine.jobs.job import explain as run_job
+    from .engine.jobs.plan import Job
+
+    fields = {
+        name: options[name]
+        for name in ("model", "out", "layer", "backend", "provider", "precision", "seed", "limit", "workers",
+                     "preprocess", "labels", "output", "scores", "max_bad", "overwrite")
+    }
+    job = Job(
+        **fields,
+        inputs=tuple(options["inputs"]),
+        methods=tuple(options["methods"]),
+        targets=tuple(options["targets"]),
+        batch_size=_batch_size(options["batch_size"]),
+    )
+    style = "quiet" if options["quiet"] else "json" if options["log_format"] == "json" else "auto"
+    summary = run_job(job, style)
+    overlays = None
+    if options["save_overlays"]:
+        from .engine.jobs.report import write_overlays
+        from .engine.jobs.store import open_run
+
+        overlays = write_overlays(open_run(summary.run))
+    if options["as_json"]:
+        fields = {name: getattr(summary, name) for name in ("run", "images", "rows", "statuses", "bad", "seconds", "stages")}
+        click.echo(json.dumps({**fields, "overlays": overlays}))
+    else:
+        ok = summary.statuses.get("ok", 0)
+        click.echo(f"{summary.run}: {ok} of {summary.rows} maps of {summary.images} images, {summary.seconds:.1f} s")
+        for status, count in summary.statuses.items():
+            if status != "ok":
+                click.echo(f"  {status}: {count}")
+        if overlays is not None:
+            click.echo(f"  overlays: {Path(summary.run) / 'report' / 'overlays'} ({overlays})")
+    if summary.exit_code == 3:
+        share = f"{summary.bad} of {summary.images} images are bad, more than --max-bad {options['max_bad']:g} allows"
+        click.echo(f"heatmill: {share}; heatmill report {summary.run} lists them", err=True)
+    return summary.exit_code
+
+
+def _as_toml(options: dict[str, Any]) -> str:
+    lines = []
+    for name, value in options.items():
+        if name in ("generate_config", "debug") or value is None:
+            continue
+        key = {"as_json": "json"}.get(name, name.replace("_", "-"))
+        plain = [str(part) if isinstance(part, Path) else part for part in value] if isinstance(value, tuple | list) else value
+        lines.append(f"{key} = {json.dumps(str(plain) if isinstance(plain, Path) else plain, ensure_ascii=False)}")
+    return "\n".join(lines) + "\n"
+
+
+@main.command()
+@click.argument("model", type=click.Path(path_type=Path))
+@model_options
+@common_options
+def inspect(model: Path, as_json: bool, debug: bool, **options: Any) -> None:
+    """Show what a model file is: input, spec, classes, target layers, and which methods can run.
+
+    Example: heatmill inspect model.onnx
+    """
+    from .engine.jobs.describe import describe, describe_text
+
+    found = describe(model, **options)
+    click.echo(json.dumps(found) if as_json else describe_text(found), nl=as_json)
+
+
+@main.command()
+@common_options
+def methods(as_json: bool, debug: bool) -> None:
+    """List the methods with their parameters.
+
+    Example: heatmill methods
+    """
+    from .engine.methods import METHODS
+
+    if as_json:
+        click.echo(json.dumps({
+            method.name: {
+                "summary": method.summary,
+                "citation": method.citation,
+                "parameters": {
+                    key: {"default": parameter.default, "doc": parameter.doc, "choices": list(parameter.choices)}
+                    for key, parameter in method.parameters.items()
+                },
+            }
+            for method in METHODS.values()
+        }))
+        return
+    for method in METHODS.values():
+        click.echo(f"{method.name}: {method.summary}\n    {method.citation}")
+        for key, parameter in method.parameters.items():
+            choices = f" ({', '.join(parameter.choices)})" if parameter.choices else ""
+            click.echo(f"    {key}={parameter.default}  {parameter.doc}{choices}")
+
+
+@main.command()
+@common_options
+def doctor(as_json: bool, debug: bool) -> None:
+    """Say what this machine offers: processor, backends, and what `auto` picks and why.
+
+    Example: heatmill doctor
+    """
+    from .engine.jobs.describe import doctor as examine
+    from .engine.jobs.describe import doctor_text
+
+    found = examine()
+    click.echo(json.dumps(found) if as_json else doctor_text(found), nl=as_json)
+
+
+@main.command()
+@click.argument("run", type=click.Path(path_type=Path))
+@common_options
+def verify(run: Path, as_json: bool, debug: bool) -> int:
+    """Read every byte of a run: checksums, rows, order, maps.
+
+    Exit code 4 says that shards are missing, 5 that something is damaged.
+
+    Example: heatmill verify run
+    """
+    from .engine.jobs.store import verify as check
+
+    counts = check(run)
+    complete = counts["committed"] == counts["shards"]
+    text = f"{run}: {counts['committed']} of {counts['shards']} shards, {counts['rows']} rows, {counts['ok']} maps"
+    click.echo(json.dumps({"run": str(run), **counts}) if as_json else f"{text}: {'sound' if complete else 'incomplete'}")
+    return 0 if complete else 4
+
+
+@main.command()
+@click.argument("run", type=click.Path(path_type=Path))
+@click.option("--limit", default=500, show_default=True, type=click.IntRange(1), help="Cards on the page.")
+@click.option("--overlays", is_flag=True, help="Also write a PNG per map.")
+@common_options
+def report(run: Path, limit: int, overlays: bool, as_json: bool, debug: bool) -> None:
+    """Write RUN/report/index.html: every map over its photograph, in one page that needs no network.
+
+    Example: heatmill report run
+    """
+    from .engine.jobs.report import write_overlays, write_report
+    from .engine.jobs.store import open_run
+
+    opened = open_run(run)
+    page = write_report(opened, limit=limit)
+    count = write_overlays(opened) if overlays else None
+    click.echo(json.dumps({"page": str(page), "overlays": count}) if as_json else str(page))
+
+
+@main.command()
+@click.argument("model", type=click.Path(path_type=Path))
+@click.argument("inputs", nargs=-1, type=click.Path(path_type=Path))
+@click.option("-m", "--method", default="score-cam", show_default=True, metavar="NAME[:key=value,...]")
+@click.option("--limit", default=4, show_default=True, type=click.IntRange(1), help="Number of images.")
+@click.option("--rounds", default=3, show_default=True, type=click.IntRange(1), help="The median round is told.")
+@model_options
+@session_options
+@common_options
+def bench(model: Path, inputs: tuple[Path, ...], as_json: bool, debug: bool, **options: Any) -> None:
+    """Measure a method beside the bare network in the same run.
+
+    Without INPUTS the images are random noise (whose feature maps repeat less than a photograph's).
+
+    Example: heatmill bench model.onnx photos/ --method score-cam
+    """
+    from .engine.jobs.bench import bench as measure
+    from .engine.jobs.bench import bench_text
+
+    options["batch_size"] = _batch_size(options["batch_size"])
+    found = measure(model, inputs, **options)
+    click.echo(json.dumps(found) if as_json else bench_text(found), nl=as_json)
+
+
+@main.command()
+@click.option("-o", "--out", default="demo", show_default=True, type=click.Path(path_type=Path))
+@common_options
+def demo(out: Path, as_json: bool, debug: bool) -> int:
+    """Explain real photographs with EfficientNet-Lite0, both shipped by packages of the extra [demo].
+
+    Example: heatmill demo
+    """
+    from .engine.jobs.demo import demo as run_demo
+
+    return run_demo(out, as_json)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,265 @@
+"""What a run will do, decided before it starts: settings, the ordered images, the shards."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import os
+import platform
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from ... import InputError, RunError, __version__
+from ...models.load import open_model
+from ...models.spec import ModelSpec
+from ..methods import parse_method
+from ..opening import Loaded, load, load_opened, read_graph
+from ..types import Target, class_index, parse_targets
+from . import store
+from .probe import Probe
+from .sources import Source, list_source
+
+SHARD_SECONDS = 60.0
+MAX_SHARD_ROWS = 4096
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Job:
+    """What the user asked for; every field is a flag of `heatmill explain`."""
+
+    model: Path
+    inputs: tuple[Path, ...]
+    out: Path
+    methods: tuple[str, ...] = ("score-cam",)
+    targets: tuple[str, ...] = ("predicted",)
+    layer: str | None = None
+    backend: str = "auto"
+    provider: str | None = None
+    precision: str = "auto"
+    batch_size: int | None = None
+    seed: int = 0
+    limit: int | None = None
+    workers: int | None = None
+    preprocess: str | None = None
+    labels: Path | None = None
+    output: str | None = None
+    scores: str | None = None
+    max_bad: float = 0.01
+    overwrite: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """A frozen run: what `run.json` says, and the table of its images."""
+
+    settings: Mapping[str, Any]
+    images: pa.Table
+
+    @property
+    def targets(self) -> tuple[Target, ...]:
+        return tuple(Target(kind, value) for kind, value in self.settings["targets"])
+
+    @property
+    def shard_rows(self) -> int:
+        return int(self.settings["shard_rows"])
+
+    @property
+    def shards(self) -> range:
+        return range(-(-self.images.num_rows // self.shard_rows))
+
+    def rows(self, shard: int) -> range:
+        """The plan rows of one shard."""
+        return range(shard * self.shard_rows, min((shard + 1) * self.shard_rows, self.images.num_rows))
+
+
+def open_job(job: Job) -> tuple[Loaded, Source, tuple[Target, ...]]:
+    """Everything that can be refused without running the model.
+
+    Raises:
+        HeatmillError: the output folder, the model, a method, a target or the input is refused.
+    """
+    loaded = load(
+        job.model,
+        job.methods,
+        layer=job.layer,
+        preprocess=job.preprocess,
+        labels=job.labels,
+        output=job.output,
+        scores=job.scores,
+    )
+    classes = loaded.model.classes or len(loaded.spec.label_names) or 2**31 - 1
+    targets = parse_targets(job.targets, classes, loaded.spec.label_names)
+    source = list_source(job.inputs, limit=job.limit)
+    if any(target.kind == "label" for target in targets):
+        source = _with_classes(source, classes, loaded.spec.label_names)
+    return loaded, source, targets
+
+
+def _with_classes(source: Source, classes: int, label_names: tuple[str, ...]) -> Source:
+    if not source.has_labels:
+        raise InputError("target 'label' needs a manifest with a column 'label' or 'target'; the input has none")
+    labels = source.table["label"].to_pylist()
+    unlabelled = [i for i, label in enumerate(labels) if label is None]
+    if unlabelled:
+        first = source.table["id"][unlabelled[0]].as_py()
+        raise InputError(f"target 'label': {len(unlabelled)} images have no label, the first is {first!r}")
+    known: dict[str, int] = {}
+    for label, identity in zip(labels, source.table["id"].to_pylist(), strict=True):
+        if label not in known:
+            try:
+                known[label] = class_index(label, classes, label_names)
+            except InputError as err:
+                raise InputError(f"label of {identity!r}: {err}") from None
+    column = pa.array([known[label] for label in labels], pa.int32())
+    return Source(source.table.append_column("target", column), source.has_labels)
+
+
+def freeze(job: Job, loaded: Loaded, source: Source, targets: tuple[Target, ...], probe: Probe) -> Plan:
+    """The plan of a new run."""
+    call_passes = [call.method.passes(loaded.facts, call.parameters) for call in loaded.calls]
+    seconds = (1 + sum(call_passes)) / probe.rows_per_second
+    shard_rows = 2 ** int(np.clip(math.floor(math.log2(max(SHARD_SECONDS / seconds, 1))), 0, math.log2(MAX_SHARD_ROWS)))
+    grid_methods = any(not call.method.pixels for call in loaded.calls)
+    settings: dict[str, Any] = {
+        "format": store.FORMAT,
+        "identity": identity(job, loaded, targets),
+        "images": source.table.num_rows,
+        "rows_per_image": len(loaded.calls) * sum(target.count for target in targets),
+        "shard_rows": shard_rows,
+        "model": {"path": str(loaded.model.path), "sha256": loaded.model.sha256, "scores": loaded.model.output},
+        "spec": loaded.spec.to_json(),
+        "spec_source": loaded.spec_source,
+        "methods": [{"call": call.text, "parameters": dict(call.parameters)} for call in loaded.calls],
+        "targets": [[target.kind, target.value] for target in targets],
+        "layer": loaded.tap.name if loaded.tap else None,
+        "grid": list(loaded.tap.grid) if loaded.tap and grid_methods else None,
+        "backend": probe.backend,
+        "provider": probe.provider,
+        "precision": probe.precision,
+        "batch_size": probe.batch_size,
+        "batch_trials": {str(rows): round(speed, 3) for rows, speed in probe.trials.items()},
+        "seed": job.seed,
+        "versions": {
+            "heatmill": __version__,
+            "python": platform.python_version(),
+            "numpy": np.__version__,
+            "onnx": onnx.__version__,
+            "backend": probe.version,
+        },
+    }
+    digest = hashlib.sha256(json.dumps([settings["identity"], shard_rows], sort_keys=True).encode())
+    for name in ("id", "uri", "size", "label"):
+        digest.update(json.dumps(source.table[name].to_pylist()).encode())
+    settings["plan_hash"] = digest.hexdigest()
+    position = pa.array(range(source.table.num_rows), pa.int64())
+    return Plan(settings, source.table.add_column(0, "row", position))
+
+
+def identity(job: Job, loaded: Loaded, targets: tuple[Target, ...]) -> dict[str, Any]:
+    """What two calls must share to be one run; the names are the user's words, for the refusal."""
+    return {
+        "model": loaded.model.sha256,
+        "spec": loaded.spec.to_json(),
+        "--method": [{"name": call.method.name, **call.parameters} for call in loaded.calls],
+        "--target": [target.text for target in targets],
+        "--layer": loaded.tap.name if loaded.tap else None,
+        "--backend": job.backend,
+        "--provider": job.provider,
+        "--precision": job.precision,
+        "--batch-size": job.batch_size or "auto",
+        "--seed": job.seed,
+        "--limit": job.limit,
+        "input": [str(path.absolute()) for path in job.inputs],
+    }
+
+
+def create(run: Path, plan: Plan) -> None:
+    """Write the plan; `run.json` comes last and makes the folder a run."""
+    (run / "data").mkdir(parents=True, exist_ok=True)
+    (run / "events").mkdir(exist_ok=True)
+    store.commit(run, store.PLAN, store.parquet_bytes(plan.images))
+    store.commit(run, "run.json", (json.dumps(plan.settings, indent=1) + "\n").encode())
+
+
+def check_folder(out: Path, overwrite: bool) -> bool:
+    """Whether `out` already holds a run; with `overwrite`, an old run is removed first.
+
+    Raises:
+        InputError: it is a file, or a folder of other things, or can't be written.
+    """
+    if (out / "run.json").exists():
+        if not overwrite:
+            return True
+        store.open_run(out)
+        shutil.rmtree(out)
+    if out.exists() and not out.is_dir():
+        raise InputError(f"{out}: is a file; -o takes a folder for the run")
+    if out.is_dir():
+        foreign = sorted(path.name for path in out.iterdir() if path.name not in ("_tmp", "plan", "data", "events"))
+        if foreign:
+            raise InputError(f"{out}: holds {foreign[0]!r} and is not a run; give a new or empty folder with -o")
+    nearest = next(parent for parent in [out, *out.absolute().parents] if parent.exists())
+    if not nearest.is_dir() or not os.access(nearest, os.W_OK | os.X_OK):
+        raise InputError(f"{out}: can't be written ({nearest} is not writable); give another folder with -o")
+    return False
+
+
+def check_same(run: Path, plan: Plan, asked: Mapping[str, Any]) -> None:
+    """Refuse to go on with a run under other settings.
+
+    Raises:
+        RunError: names the differing fields with both values.
+    """
+    old, new = plan.settings["identity"], json.loads(json.dumps(asked))
+    differing = [name for name in new if new[name] != old.get(name)]
+    if differing:
+        told = "; ".join(_difference(name, old.get(name), new[name]) for name in differing)
+        raise RunError(f"{run}: belongs to other settings ({told}); give another folder with -o, or --overwrite")
+
+
+def reopen(run: Path) -> Plan:
+    """The plan of an existing run.
+
+    Raises:
+        RunError: not a run, or damaged.
+    """
+    settings = dict(store.open_run(run).settings)
+    try:
+        images = pq.read_table(run / store.PLAN)
+    except (OSError, pa.ArrowException) as err:
+        raise RunError(f"{run / store.PLAN}: damaged ({str(err).splitlines()[0]}); start again with --overwrite") from None
+    if images.num_rows != settings["images"]:
+        raise RunError(f"{run / store.PLAN}: lists {images.num_rows} images, run.json {settings['images']}")
+    return Plan(settings, images)
+
+
+def _difference(name: str, old: Any, new: Any) -> str:
+    if isinstance(old, dict) and isinstance(new, dict):
+        parts = [key for key in sorted(old.keys() | new.keys()) if old.get(key) != new.get(key)]
+        return ", ".join(_difference(f"{name} {key}", old.get(key), new.get(key)) for key in parts)
+    texts = [text if len(text) <= 60 else text[:57] + "..." for text in map(str, (old, new))]
+    return f"{name}: {texts[0]} in the run, {texts[1]} asked"
+
+
+def load_for(plan: Plan) -> Loaded:
+    """The model of a run, opened again by what `run.json` resolved.
+
+    Raises:
+        RunError: the model's file is not the one the run began with.
+    """
+    settings = plan.settings
+    model = open_model(Path(settings["model"]["path"]), scores=settings["model"]["scores"])
+    if model.sha256 != settings["model"]["sha256"]:
+        raise RunError(f"{model.path}: the file has changed since the run began; put it back, or start with --overwrite")
+    spec = ModelSpec.from_json(settings["spec"], "run.json")
+    calls = [parse_method(method["call"]) for method in settings["methods"]]
+    return load_opened(model, spec, settings["spec_source"], read_graph(model, spec), calls, settings["layer"])

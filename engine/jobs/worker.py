@@ -1,0 +1,361 @@
+"""The process that does a run's shards: decodes ahead, explains, commits each shard when its last row is done.
+
+It may die at any moment and is then replaced (`job.py`); the rows it had in flight stand in shared memory, so that an
+image that kills it is found.
+"""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import signal
+import threading
+import time
+import traceback
+from collections import deque
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import asdict, dataclass
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any
+
+from ... import HeatmillError, IncompleteError
+from ...models.preprocess import ImageRefused, decode, normalise, view
+from ...models.spec import ModelSpec
+from ..backends import usable_cores
+from ..explainer import Engine
+from ..opening import Loaded, open_best
+from ..types import Array, Explanation, Item, Target
+from . import plan as plans
+from . import sources, store
+
+SPACE_GONE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+REPORT_SECONDS = 0.2
+
+
+class Marks:
+    """Shared memory that outlives a worker: the plan rows in flight, and when it last got anything done."""
+
+    SLOTS = 4096
+
+    def __init__(self, context: Any) -> None:
+        self._rows = context.RawArray("q", [-1] * self.SLOTS)
+        self._beat = context.RawValue("d", time.monotonic())
+        self._slot: dict[int, int] = {}
+
+    def add(self, row: int) -> None:
+        taken = set(self._slot.values())
+        slot = next(slot for slot in range(self.SLOTS) if slot not in taken)
+        self._slot[row] = slot
+        self._rows[slot] = row
+
+    def remove(self, row: int) -> None:
+        self._rows[self._slot.pop(row)] = -1
+
+    def beat(self) -> None:
+        self._beat.value = time.monotonic()
+
+    @property
+    def idle_seconds(self) -> float:
+        """Seconds since the worker last finished a batch or an image."""
+        return time.monotonic() - float(self._beat.value)
+
+    def rows(self) -> list[int]:
+        """The rows in flight."""
+        return sorted(row for row in self._rows if row >= 0)
+
+    def clear(self) -> None:
+        for slot in range(self.SLOTS):
+            self._rows[slot] = -1
+        self.beat()
+
+
+@dataclass(frozen=True, slots=True)
+class Prepared:
+    """A decoded image, or why there is none."""
+
+    image: Array | None
+    width: int | None = None
+    height: int | None = None
+    crop_box: tuple[float, float, float, float] | None = None
+    status: str = "ok"
+    error: str | None = None
+
+
+class _Drained(Exception):
+    """The supervisor asked to stop; what is not committed is dropped."""
+
+
+def prepare(row: Mapping[str, Any], spec: ModelSpec, dtype: str) -> Prepared:
+    """Read, decode and preprocess one image of the plan."""
+    try:
+        pixels = decode(
+            sources.read(row["uri"], row["size"], row["mtime_ns"]), exif=spec.exif, color=spec.color
+        )
+    except ImageRefused as err:
+        return Prepared(None, status=err.status, error=err.reason)
+    shown, box = view(pixels, spec)
+    return Prepared(normalise(shown, spec, dtype), pixels.shape[1], pixels.shape[0], box)
+
+
+def target_rows(targets: Sequence[Target], label: int | None) -> list[tuple[int | None, str]]:
+    """The (class, source) of each row that an image without scores gets."""
+    rows: list[tuple[int | None, str]] = []
+    for target in targets:
+        if target.kind == "top":
+            rows += [(None, f"top{rank}") for rank in range(1, target.value + 1)]
+        else:
+            known = {"label": label, "class": target.value}.get(target.kind)
+            rows.append((known, target.kind))
+    return rows
+
+
+class Collector:
+    """Gathers rows by shard and commits a shard when its last image is done."""
+
+    def __init__(self, run: Path, plan: plans.Plan, loaded: Loaded, conn: Connection, marks: Marks) -> None:
+        self._run, self._plan, self._loaded, self._conn, self._marks = run, plan, loaded, conn, marks
+        self._names = loaded.spec.label_names
+        self._grid = plan.settings["grid"]
+        self._schema = store.schema(
+            tuple(self._grid) if self._grid else None, any(call.method.pixels for call in loaded.calls)
+        )
+        self._rows: dict[int, dict[int, list[dict[str, Any]]]] = {}
+        self._each = int(plan.settings["rows_per_image"])
+        self._done = 0
+        self._bad = 0
+        self._reported = 0.0
+        self.prepared: dict[int, Prepared] = {}
+
+    def refuse(self, row: int, prepared: Prepared) -> None:
+        """An image that can't be explained: its rows, with the reason."""
+        image = self._image(row)
+        targets = target_rows(self._plan.targets, image.get("target"))
+        self._add(
+            row,
+            [
+                self._values(image, prepared, call.text, target, source, None)
+                for call in self._loaded.calls
+                for target, source in targets
+            ],
+        )
+
+    def add(self, explanation: Explanation) -> None:
+        """One finished map."""
+        row = int(explanation.key)  # type: ignore[call-overload]
+        image, prepared = self._image(row), self.prepared[row]
+        source = explanation.target_source
+        values = self._values(image, prepared, explanation.method.text, explanation.target, source, explanation)
+        self._add(row, [values])
+
+    def _image(self, row: int) -> dict[str, Any]:
+        values: dict[str, Any] = self._plan.images.slice(row, 1).to_pylist()[0]
+        return values
+
+    def _values(
+        self,
+        image: Mapping[str, Any],
+        prepared: Prepared,
+        method: str,
+        target: int | None,
+        source: str,
+        explanation: Explanation | None,
+    ) -> dict[str, Any]:
+        target = None if target is not None and target < 0 else target
+        named = target is not None and target < len(self._names)
+        values: dict[str, Any] = {
+            "row": image["row"],
+            "id": image["id"],
+            "uri": image["uri"],
+            "method": method,
+            "target": target,
+            "target_source": source,
+            "label_name": self._names[target] if named and target is not None else None,
+            "status": prepared.status,
+            "error": prepared.error,
+            "width": prepared.width,
+            "height": prepared.height,
+            "crop_box": prepared.crop_box,
+        }
+        if explanation is not None:
+            values |= {
+                "score": explanation.score,
+                "pred": explanation.pred,
+                "pred_score": explanation.pred_score,
+                "status": explanation.status,
+                "error": explanation.error,
+                "extras": json.dumps(dict(explanation.extras)),
+            }
+        if explanation is not None and explanation.map is not None:
+            values["map_shape"] = explanation.map.shape
+            if explanation.method.method.pixels:
+                packed, scale, offset = store.encode_pixels(explanation.map)
+                column = store.pixel_column(tuple(self._grid) if self._grid else None)
+                values |= {column: packed, "map_scale": scale, "map_offset": offset}
+            else:
+                values["map"] = explanation.map.ravel()
+        return values
+
+    def _add(self, row: int, values: list[dict[str, Any]]) -> None:
+        shard = row // self._plan.shard_rows
+        images = self._rows.setdefault(shard, {})
+        images.setdefault(row, []).extend(values)
+        if len(images[row]) < self._each:
+            return
+        self.prepared.pop(row, None)
+        self._marks.remove(row)
+        self._marks.beat()
+        self._done += 1
+        self._bad += any(value["status"] != "ok" for value in images[row])
+        expected = self._plan.rows(shard)
+        if len(images) == len(expected) and all(len(images[each]) == self._each for each in expected):
+            self._commit(shard)
+        if time.monotonic() - self._reported > REPORT_SECONDS:
+            self.report()
+
+    def _commit(self, shard: int) -> None:
+        images = self._rows.pop(shard)
+        rows = [values for row in self._plan.rows(shard) for values in images[row]]
+        settings = self._plan.settings
+        footer = {
+            "format": store.FORMAT,
+            "plan_hash": settings["plan_hash"],
+            "shard": shard,
+            "upsample": store.UPSAMPLE,
+            "map": "float32 (h, w) at the tap's grid; pixel maps: offset + scale * float16, byte planes apart, zstd",
+            "layer": settings["layer"],
+            "methods": settings["methods"],
+            "model": settings["model"]["sha256"],
+            "spec": {key: value for key, value in settings["spec"].items() if key != "label_names"},
+            **{key: settings[key] for key in ("backend", "provider", "precision", "seed", "versions")},
+        }
+        try:
+            store.write_part(self._run, shard, rows, self._schema, json.dumps(footer, sort_keys=True))
+        except OSError as err:
+            raise IncompleteError(_write_refusal(self._run, err)) from err
+        self._conn.send(("committed", shard))
+
+    def report(self) -> None:
+        """Tell the supervisor how far it is."""
+        if self._done:
+            self._conn.send(("progress", self._done, self._bad))
+            self._done = self._bad = 0
+        self._reported = time.monotonic()
+
+
+def _write_refusal(run: Path, err: OSError) -> str:
+    what = "no space is left" if err.errno in SPACE_GONE else f"can't be written ({err.strerror})"
+    return f"{run}: {what}; everything committed is kept, the same command resumes"
+
+
+def main(
+    run: str, todo: Sequence[int], crashed: Collection[int], careful: bool, workers: int | None, conn: Connection,
+    marks: Marks, stop: Any,
+) -> None:
+    """Do the shards `todo` of a run; every message to the supervisor goes through `conn`.
+
+    Args:
+        crashed: rows that have killed workers; they are written as such, not tried.
+        careful: one image in flight at a time.
+    """
+    for caught in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(caught, signal.SIG_IGN)
+    threading.Thread(target=_die_with_parent, daemon=True).start()
+    try:
+        stages = _work(Path(run), todo, crashed, careful, workers, conn, marks, stop)
+        conn.send(("done", stages))
+    except _Drained:
+        conn.send(("stopped",))
+    except HeatmillError as err:
+        conn.send(("refused", type(err).__name__, str(err)))
+    except MemoryError:
+        conn.send(("refused", "IncompleteError", f"{run}: out of memory; a smaller --batch-size needs less"))
+    except Exception as err:
+        conn.send(("failed", f"{type(err).__name__}: {err}", traceback.format_exc()))
+
+
+def _die_with_parent() -> None:
+    parent = os.getppid()
+    while os.getppid() == parent:
+        time.sleep(0.5)
+    os._exit(1)
+
+
+def _work(
+    run: Path, todo: Sequence[int], crashed: Collection[int], careful: bool, workers: int | None, conn: Connection,
+    marks: Marks, stop: Any,
+) -> dict[str, float]:
+    start = time.perf_counter()
+    plan = plans.reopen(run)
+    loaded = plans.load_for(plan)
+    settings = plan.settings
+    session = open_best(
+        loaded, settings["backend"], settings["provider"], settings["precision"], settings["batch_size"]
+    )
+
+    def on_batch(rows: int) -> None:
+        marks.beat()
+        if stop.is_set():
+            raise _Drained
+
+    engine = Engine(loaded, session, plan.targets, settings["batch_size"], settings["seed"], on_batch)
+    collector = Collector(run, plan, loaded, conn, marks)
+    marks.beat()
+    conn.send(("ready", time.perf_counter() - start))
+    threads = workers or usable_cores()
+    with ThreadPoolExecutor(threads) as pool:
+        window = 1 if careful else 2 * threads + 2
+        rows = [row for shard in todo for row in plan.rows(shard)]
+        items = _items(pool, rows, window, crashed, plan, loaded, collector, marks, stop)
+        try:
+            if careful:
+                for item in items:
+                    for explanation in engine.stream([item]):
+                        collector.add(explanation)
+            else:
+                for explanation in engine.stream(items):
+                    collector.add(explanation)
+        finally:
+            pool.shutdown(cancel_futures=True)
+    collector.report()
+    return {**asdict(engine.stages), "wall": time.perf_counter() - start}
+
+
+def _items(
+    pool: ThreadPoolExecutor,
+    rows: Sequence[int],
+    window: int,
+    crashed: Collection[int],
+    plan: plans.Plan,
+    loaded: Loaded,
+    collector: Collector,
+    marks: Marks,
+    stop: Any,
+) -> Iterator[Item]:
+    """The images of the plan rows in order, decoded ahead by threads; bad ones go to the collector at once."""
+    coming: deque[tuple[int, dict[str, Any], Future[Prepared]]] = deque()
+    waiting = iter(rows)
+    while True:
+        while len(coming) < window:
+            row = next(waiting, None)
+            if row is None:
+                break
+            marks.add(row)
+            if row in crashed:
+                collector.refuse(row, Prepared(None, status="worker_crash", error="the image killed the worker twice"))
+                continue
+            image = plan.images.slice(row, 1).to_pylist()[0]
+            coming.append((row, image, pool.submit(prepare, image, loaded.spec, loaded.model.input.dtype)))
+        if not coming:
+            return
+        row, image, future = coming.popleft()
+        prepared = future.result()
+        if stop.is_set():
+            raise _Drained
+        if prepared.image is None:
+            collector.refuse(row, prepared)
+            continue
+        collector.prepared[row] = Prepared(None, prepared.width, prepared.height, prepared.crop_box)
+        yield Item(row, prepared.image, image.get("target"))
