@@ -116,7 +116,7 @@ def keep_memory() -> None:
 
 
 def at_best(case: Case, precision: str) -> tuple[Any, int]:
-    """The network, its batches run the fastest way of row `forward/kept-memory`; one image runs plainly, for the hooks."""
+    """The network, its batches run the fastest way of row `forward/kept-memory`, one image plainly for the hooks."""
     import torch
     from torch_models import fast_forward, torch_model
 
@@ -235,8 +235,8 @@ def heatmill_masks(case: Case) -> np.ndarray:
     """The grids and offsets that heatmill draws, enlarged by DIANNA's own code (n, H, W, 1)."""
     from dianna.utils.maskers import _upscale
 
-    from heatmill.engine.explainer import load
     from heatmill.engine.methods.rise import share
+    from heatmill.engine.opening import load
 
     loaded = load(case.softmax_model, [rise_method(case)])
     bank = share(loaded.facts, loaded.calls[0].parameters, 0)
@@ -381,7 +381,12 @@ def measure_row(row: str, case: Case) -> Report:
         report = ROWS[row].measure(case)
     status = Path("/proc/self/status").read_text()
     peak = next(int(line.split()[1]) for line in status.splitlines() if line.startswith("VmHWM"))
-    return {"load_before": load, "peak_rss_mib": round(peak / 1024), **report}
+    return {
+        "at": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+        "load_before": load,
+        "peak_rss_mib": round(peak / 1024),
+        **report,
+    }
 
 
 def apart(function: Callable[..., Any], *arguments: Any) -> Any:
@@ -536,11 +541,14 @@ def show(report: Report) -> None:
     for row, line in report["times"].items():
         found = f"{line['median_seconds']:9.2f} s  n={line['n']}  {line['peak_rss_mib']} MiB"
         print(f"  {row:28} {found}  {line['passes'] or ''}")
+    for row, reason in report["missing"].items():
+        print(f"  not measured: {row}: {reason}")
+    if report["settings"]["model"] == "quick":
+        print("\nNo ratios: the times of the small network mean nothing")
+        return
     print("\nRatios of median times (n ours, n theirs)")
     for line in report["ratios"]:
         print(f"  {line['ours']:24} {line['times_faster']:6.2f} x faster than {line['theirs']} {tuple(line['n'])}")
-    for row, reason in report["missing"].items():
-        print(f"  not measured: {row}: {reason}")
 
 
 # ---- the command
@@ -553,7 +561,9 @@ def options() -> argparse.Namespace:
     parser.add_argument("--images", type=int, default=3, help="photographs for heatmill's rows")
     parser.add_argument("--peer-images", type=int, default=1, help="photographs for the peers' rows, the first of them")
     parser.add_argument("--masks", type=int, default=1000, help="RISE masks")
-    parser.add_argument("--batches", type=int, nargs="+", default=[16, 64], help="batch sizes that row forward tries")
+    parser.add_argument(
+        "--batches", type=int, nargs="+", default=[16, 64], help="batch sizes that the forward rows try"
+    )
     parser.add_argument(
         "--rows", nargs="+", default=list(ROWS), metavar="ROW", help="rows, or beginnings of their names"
     )

@@ -22,7 +22,6 @@ from .types import (
     Combined,
     Expansion,
     Explanation,
-    Facts,
     GridBank,
     Item,
     MapBank,
@@ -107,7 +106,9 @@ class Engine:
         self._flexible = session.flexible and loaded.model.input.batch != batch_size
         facts = loaded.facts
         calls = loaded.calls
-        self._shared = [call.method.share(facts, call.parameters, seed) if call.method.share else None for call in calls]
+        self._shared = [
+            call.method.share(facts, call.parameters, seed) if call.method.share else None for call in calls
+        ]
         self._expected = sum(call.method.passes(facts, call.parameters) for call in calls)
         self._buffer = blank_batch(loaded, batch_size)
         self._masks = np.empty((batch_size, *facts.size), dtype=np.float32)
@@ -175,7 +176,7 @@ class Engine:
         if run.observe:
             place[0] = self._states[run.key].item.image
             return
-        key, method = run.key  # type: ignore[misc]
+        key, method = run.key
         state = self._states[key]
         expansion = state.expansions[method]
         masks = self._masks[: run.stop - run.start]
@@ -223,7 +224,7 @@ class Engine:
         return resolved
 
     def _score(self, scheduler: Scheduler, run: Run, raw: Array) -> list[Hashable]:
-        key, method = run.key  # type: ignore[misc]
+        key, method = run.key
         state = self._states[key]
         kind = self.loaded.posterior if state.expansions[method].score == "posterior" else "none"
         classes = np.array([target for target, _ in state.targets])
@@ -243,9 +244,9 @@ class Engine:
         if not state.targets:
             pred = int(np.nanargmax(raw)) if np.isfinite(raw).any() else -1
             for call in self.loaded.calls:
-                for target in self.targets:
-                    for _ in range(target.count):
-                        yield self._nonfinite(key, call, -1, target.kind, float("nan"), pred, float("nan"))
+                for asked in self.targets:
+                    for _ in range(asked.count):
+                        yield self._nonfinite(key, call, -1, asked.kind, float("nan"), pred, float("nan"))
             return
         classes = np.array([target for target, _ in state.targets])
         pred = int(np.argmax(raw))
@@ -263,7 +264,17 @@ class Engine:
                     extras["reason"] = "flat: every position weighs the same"
                     raw_map = np.zeros_like(raw_map)
                 yield Explanation(
-                    key, call, target, source, float(posterior[k]), pred, float(posterior[-1]), "ok", None, raw_map, extras
+                    key,
+                    call,
+                    target,
+                    source,
+                    float(posterior[k]),
+                    pred,
+                    float(posterior[-1]),
+                    "ok",
+                    None,
+                    raw_map,
+                    extras,
                 )
 
     def _maps(
@@ -363,7 +374,9 @@ class Explainer:
         """The model's spec, as found."""
         return self._loaded.spec
 
-    def explain(self, images: Sequence[Image] | Array, targets: str | int | Sequence[str | int] = "predicted") -> Result:
+    def explain(
+        self, images: Sequence[Image] | Array, targets: str | int | Sequence[str | int] = "predicted"
+    ) -> Result:
         """Maps of some images, in order.
 
         Args:

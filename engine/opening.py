@@ -181,7 +181,9 @@ def require_classes(loaded: Loaded, seen: int) -> None:
     """
     name = loaded.model.path.name
     if seen == 1 and loaded.posterior == "softmax":
-        raise ModelError(f"{name}: one score per image, and a softmax over one class is always 1; export a sigmoid head")
+        raise ModelError(
+            f"{name}: one score per image, and a softmax over one class is always 1; export a sigmoid head"
+        )
     names = len(loaded.spec.label_names)
     if names and names != seen:
         raise ModelError(f"{name}: the model has {seen} classes, the spec {names} label names; correct the spec")

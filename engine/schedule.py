@@ -9,13 +9,14 @@ from __future__ import annotations
 from collections import OrderedDict, deque
 from collections.abc import Hashable
 from dataclasses import dataclass
+from typing import Any
 
 
 @dataclass(frozen=True, slots=True)
 class Run:
     """Consecutive rows `start` .. `stop` of one request, at `slot` of a batch; `observe` marks its unperturbed row."""
 
-    key: Hashable
+    key: Any
     start: int
     stop: int
     slot: int

@@ -22,7 +22,7 @@ def minmax(maps: Array) -> Array:
 
 
 def finish(maps: Array, steps: Sequence[str], size: tuple[int, int]) -> Array:
-    """Raw maps (n, h, w) as saliency maps (n, H, W) float32 by `steps` of FINISHES; upsampled last if no step says so."""
+    """Raw maps (n, h, w) as saliency maps (n, H, W) float32 by `steps` of FINISHES; upsampled last if not before."""
     for step in steps:
         if step == "upsample":
             maps = upsample(maps, size)

@@ -46,7 +46,7 @@ def _corner_rows(n_in: int, n_out: int, rule: str) -> Array:
     order = np.lexsort((positions, cells))
     edge = np.diff(cells[order], prepend=-1, append=n_in) != 0
     rows = np.unique(np.concatenate([order[edge[:-1]], order[edge[1:]]]))
-    return resize_matrix(n_in, n_out, rule)[rows]
+    return np.asarray(resize_matrix(n_in, n_out, rule)[rows])
 
 
 def upsample(maps: Array, size: tuple[int, int], rule: str = "half-pixel", out: Array | None = None) -> Array:

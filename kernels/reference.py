@@ -94,7 +94,7 @@ def blur(image: Array, kernel_size: int, sigma: float) -> Array:
     half = kernel_size // 2
     taps = [math.exp(-(d * d) / (2 * sigma * sigma)) for d in range(-half, half + 1)]
     taps = [tap / sum(taps) for tap in taps]
-    c, h, w = image.shape
+    _, h, w = image.shape
     out = np.zeros(image.shape)
     for axis_size, axis in ((h, 1), (w, 2)):
         source = image.astype(np.float64) if axis == 1 else out.copy()

@@ -203,13 +203,16 @@ def _from_hugging_face(given: Mapping[str, Any], config: Mapping[str, Any], wher
             f"{where}: {strange[0]} = {_short(repr(data[strange[0]]), 80)} of a {kind} image processor can't be "
             f"represented; {_WRITE}"
         )
+    resample = data.get("resample", processor.resample)
+    if resample not in range(len(_RESAMPLE)):
+        raise ModelError(f"{where}: resample = {_short(repr(resample), 80)} is not one of Pillow's filters, 0 to 5")
     mean, std = _levels(kind, data, where)
     height, width, crop_pct, crop_mode = _geometry(kind, processor, data, where)
     spec = {
         "input_size": [len(mean), height, width],
         "mean": mean,
         "std": std,
-        "interpolation": dict(enumerate(_RESAMPLE))[data.get("resample", processor.resample)],
+        "interpolation": _RESAMPLE[resample],
         "crop_pct": crop_pct,
         "crop_mode": crop_mode,
         "exif": "apply",

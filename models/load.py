@@ -46,7 +46,7 @@ _MAGIC: tuple[tuple[int, bytes, str], ...] = (
     (0, b"{", "JSON; give the .onnx file"),
 )
 _BITS = {
-    **dict.fromkeys(("COMPLEX128",), 128),
+    "COMPLEX128": 128,
     **dict.fromkeys(("INT64", "UINT64", "DOUBLE", "COMPLEX64", "STRING"), 64),
     **dict.fromkeys(("FLOAT", "INT32", "UINT32"), 32),
     **dict.fromkeys(("FLOAT16", "BFLOAT16", "INT16", "UINT16"), 16),
@@ -123,7 +123,7 @@ def open_model(path: Path, *, scores: str | None = None) -> ModelFile:
 def strip_weights(proto: onnx.ModelProto, keep_bytes: int = 1024) -> onnx.ModelProto:
     """A copy whose tensors over `keep_bytes`, and all external ones, keep name, type and dims but no data."""
     slim = onnx.ModelProto()
-    _copy(proto, slim, skip=("graph",))
+    _copy(proto, slim, skip=("graph", "training_info"))
     _strip_graph(proto.graph, slim.graph, keep_bytes)
     return slim
 
@@ -134,7 +134,7 @@ def _refusals(path: Path) -> Iterator[None]:
     try:
         yield
     except ModelError as err:
-        raise ModelError(f"{path}: {err}") from None
+        raise ModelError(f"{path}: {str(err)[:600]}") from None
     except OSError as err:
         raise ModelError(f"{path}: {err.strerror or err}; check the path and its permissions") from None
     except MemoryError:
@@ -329,6 +329,9 @@ def data_file(path: Path, location: str) -> Path:
 
     It stands inside the model's folder or inside the folder of the model's real path: a download cache
     links both files into one folder of blobs.
+
+    Raises:
+        ModelError: it stands elsewhere, is missing, or is not a regular file.
     """
     if not location or PureWindowsPath(location).anchor:
         raise ModelError(f"names the external data {_name(location)}; it must be a path inside the model's folder")
@@ -379,12 +382,12 @@ def _image_input(graph: onnx.GraphProto) -> ImageInput:
     inputs = [value for value in graph.input if value.name not in constants]
     if len(inputs) != 1:
         names = ", ".join(_name(value.name) for value in inputs[:8]) or "none"
-        raise ModelError(f"has {len(inputs)} inputs ({names}), an image classifier has one image input")
+        raise ModelError(f"is not an image classifier: it has {len(inputs)} inputs ({names}); export it with one image")
     name, shape, dtype = inputs[0].name, _shape(inputs[0]), _dtype(inputs[0])
     seen = f"input {_name(name)} is {dtype} {_show(inputs[0])}"
     if shape is None or len(shape) != 4:
         raise ModelError(
-            f"{seen}, an image input is (batch, channels, height, width) or (batch, height, width, channels)"
+            f"{seen}; an image input is (batch, channels, height, width) or (batch, height, width, channels)"
         )
     if dtype not in INPUT_DTYPES:
         raise ModelError(f"{seen}; export it with one of {', '.join(INPUT_DTYPES)}")
@@ -398,7 +401,7 @@ def _image_input(graph: onnx.GraphProto) -> ImageInput:
     if channels not in (1, 3) or fixed not in (None, channels):
         raise ModelError(f"{seen}: which axis holds 1 or 3 channels is not clear; export it with a fixed channel axis")
     if math.prod(size or 1 for size in shape) > MAX_INPUT_VALUES:
-        raise ModelError(f"{seen}, which is larger than any image; export it again")
+        raise ModelError(f"{seen}, larger than any image; export it again")
     return ImageInput(name, layout, dtype, batch, channels, height, width)
 
 
@@ -470,14 +473,17 @@ def _score_output(
         if not found:
             raise ModelError(f"has no score output {_name(scores)} of shape (batch, classes); it has {listed}")
     if not found:
-        raise ModelError(f"is not a classifier: no output of shape (batch, classes); it has {listed}")
+        raise ModelError(
+            "is not a classifier: no output has the shape (batch, classes); where one holds class scores, export it "
+            f"with a Flatten behind: {listed}"
+        )
     if len(found) > 1:
-        raise ModelError(f"has several outputs of shape (batch, classes): {listed}; name one with --scores NAME")
+        raise ModelError(f"has several outputs of shape (batch, classes); name one with --scores NAME: {listed}")
     return next(iter(found.items()))
 
 
 def _output_kind(graph: onnx.GraphProto, output: str, classes: int | None, shapes: dict[str, Shape], opset: int) -> str:
-    producers = {name: node for node in graph.node for name in node.output}
+    producers = {name: node for node in graph.node for name in node.output if name}
     node = producers.get(output)
     while node is not None and node.op_type in _SAME_VALUES:
         node = producers.get(node.input[0])
@@ -487,8 +493,9 @@ def _output_kind(graph: onnx.GraphProto, output: str, classes: int | None, shape
     shape = shapes.get(node.input[0], (None, None))
     axis = _attribute(node, "axis", 1 if opset < 13 else -1)
     axis += len(shape) if axis < 0 else 0
-    flattens = opset < 13 and node.op_type == "Softmax"
-    over_classes = 0 < axis < len(shape) and (flattens or classes is None or shape[axis] in (None, classes))
+    if opset < 13 and node.op_type == "Softmax":  # over all axes from this one on
+        return kind if axis == 1 else "logits"
+    over_classes = 0 < axis < len(shape) and (classes is None or shape[axis] in (None, classes))
     return kind if over_classes else "logits"
 
 
@@ -549,7 +556,8 @@ def _strip_attribute(source: onnx.AttributeProto, target: onnx.AttributeProto, k
 def _strip_tensor(source: onnx.TensorProto, target: onnx.TensorProto, keep_bytes: int) -> None:
     external = source.data_location == onnx.TensorProto.EXTERNAL
     if external or _tensor_bits(source) > 8 * keep_bytes:
-        _copy(source, target, skip=("raw_data", *_VALUES, "external_data", "data_location"))
+        target.name, target.data_type = source.name, source.data_type
+        target.dims.extend(source.dims)
     else:
         target.CopyFrom(source)
 

@@ -73,7 +73,9 @@ class ModelSpec:
         missing = sorted({"input_size", "mean", "std"} - set(data))
         if missing:
             raise ModelError(f"{where}: spec field {missing[0]!r} is missing")
-        values: dict[str, Any] = {name: tuple(value) if isinstance(value, list) else value for name, value in data.items()}
+        values: dict[str, Any] = {
+            name: tuple(value) if isinstance(value, list) else value for name, value in data.items()
+        }
         try:
             return cls(**values)
         except ModelError as err:

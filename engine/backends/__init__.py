@@ -8,7 +8,18 @@ from typing import Any
 from ... import BackendError
 from .base import PRECISIONS, Offer, Profile, Session, cpu_flags, usable_cores
 
-__all__ = ["BACKENDS", "PRECISIONS", "Offer", "Profile", "Session", "choose", "cpu_flags", "open_session", "survey", "usable_cores"]
+__all__ = [
+    "BACKENDS",
+    "PRECISIONS",
+    "Offer",
+    "Profile",
+    "Session",
+    "choose",
+    "cpu_flags",
+    "open_session",
+    "survey",
+    "usable_cores",
+]
 
 BACKENDS: dict[str, str] = {"reference": ".reference", "onnxruntime": ".ort"}
 

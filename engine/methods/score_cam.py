@@ -112,7 +112,7 @@ def expand(facts: Facts, observation: Observation, parameters: Parameters, share
     masks = variant.masks(features, facts.size, variant.rule) + np.float32(0)  # -0.0 and 0.0 are one mask
     constant = np.ptp(features, axis=(1, 2)) == 0
     live = ~constant if variant.skip_constant else np.ones(len(features), dtype=bool)
-    rows = np.ascontiguousarray(masks[live]).reshape(int(live.sum()), -1)
+    rows = np.ascontiguousarray(masks[live]).reshape(int(live.sum()), masks[0].size)
     _, first, inverse = np.unique(rows.view(f"V{rows.shape[1] * 4}").ravel(), return_index=True, return_inverse=True)
     uses = np.full(len(features), -1)
     uses[live] = inverse.ravel()
@@ -157,7 +157,9 @@ SCORE_CAM = Method(
     summary="each feature map masks the image; the class score it leaves is its weight",
     citation="Wang et al., Score-CAM, CVPR Workshops 2020",
     parameters={
-        "variant": Parameter("official", "whose formula: the authors' code, the paper, or a library's", tuple(VARIANTS)),
+        "variant": Parameter(
+            "official", "whose formula: the authors' code, the paper, or a library's", tuple(VARIANTS)
+        ),
         "baseline": Parameter("zero", "what a mask shows where it is 0", BASELINE_NAMES),
     },
     expand=expand,

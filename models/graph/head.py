@@ -1,4 +1,4 @@
-"""The end of a classifier: the value before its last softmax, and whether pooling and one linear layer make the scores."""
+"""The end of a classifier: the value before its last softmax, and the linear layer on the pooled map, if it is one."""
 
 from __future__ import annotations
 

@@ -125,7 +125,7 @@ class Reading:
         return [tap for tap in found if tap is not None]
 
     def candidates(self) -> list[Tap]:
-        """The last feature map of every grid size: what a user would choose from; the automatic choice is among them."""
+        """The last feature map of every grid size, and the automatic choice: what a user would choose from."""
         last = {(tap.layout in ("ntc", "nct"), tap.grid): tap for tap in self.taps()}
         names = {tap.name for tap in last.values()}
         chosen = self.automatic()
@@ -161,7 +161,9 @@ class Reading:
         if layer is None:
             chosen = self.automatic()
             if chosen is None:
-                raise ModelError(f"{file}: found no feature map to read; name one with --layer, or use a method without")
+                raise ModelError(
+                    f"{file}: found no feature map to read; name one with --layer, or use a method without"
+                )
             return chosen
         by_node = {node.name: node.output[0] for node in self.graph.node if node.name and node.output}
         name = layer if layer in self.producer else by_node.get(layer)
@@ -251,7 +253,7 @@ def reshape(reading: Reading, node: onnx.NodeProto, shape: Shape) -> Axes | None
     n, c = size["n"], size["c"]
     h, w = axes.grid if "t" in size else (size["h"], size["w"])
     whole = "t" not in size or size["t"] == h * w
-    forms = {
+    forms: dict[str, dict[Shape, str]] = {
         "nchw": {(n, c, h * w): "nct"},
         "nhwc": {(n, h * w, c): "ntc"},
         "nct": {(n, c, h, w): "nchw"} if whole else {},

@@ -638,12 +638,12 @@ BAD: dict[str, tuple[onnx.ModelProto | Callable[[Path], Path], str]] = {
     "external length wrong": (refers_to("weights.bin", length=400), "has 432 bytes, its external length is 400"),
     "external data counted twice": (claims_more_than_held, "claims 864 bytes of external weights"),
     # inputs
-    "text model": (text_model(), "has 2 inputs ('input_ids', 'attention_mask'), an image classifier has one"),
+    "text model": (text_model(), "is not an image classifier: it has 2 inputs ('input_ids', 'attention_mask')"),
     "no input": (
         model([helper.make_node("Constant", [], ["y"], value_float=1.0)], [], [value("y", [])]),
-        "has 0 inputs (none)",
+        "it has 0 inputs (none)",
     ),
-    "flat input": (flattened(["n", 192]), "input 'image' is float32 (n, 192), an image input is"),
+    "flat input": (flattened(["n", 192]), "input 'image' is float32 (n, 192); an image input is"),
     "input without shape": (flattened(None), "input 'image' is float32 (of unknown rank)"),
     "sequence input": (sequence_input(), "is not a tensor"),
     "int64 input": (image_type(TensorProto.INT64), "int64 (n, 3, 8, 8); export it with one of float32, float16, uint8"),
@@ -656,9 +656,13 @@ BAD: dict[str, tuple[onnx.ModelProto | Callable[[Path], Path], str]] = {
     # outputs
     "detector": (
         detector(),
-        "is not a classifier: no output of shape (batch, classes); it has 'boxes' float32 (batch, 5, 2)",
+        "is not a classifier: no output has the shape (batch, classes); where one holds class scores, export it with a "
+        "Flatten behind: 'boxes' float32 (batch, 5, 2), 'more' float32 (1, 5, 2)",
     ),
-    "two candidates for scores": (with_features(features_rank=2), "(batch, 4), 'scores' float32 (batch, 10); name one"),
+    "two candidates for scores": (
+        with_features(features_rank=2),
+        "name one with --scores NAME: 'flat' float32 (batch, 4), 'scores' float32 (batch, 10)",
+    ),
     "scores not flattened": (unflattened(), "(batch, 4, 1, 1)"),
     "labels only": (score_type(TensorProto.INT64), "is not a classifier"),
     "no output": (changed(lambda p: p.graph.ClearField("output")), ""),
@@ -695,6 +699,14 @@ def test_no_damage_escapes_as_another_error(tmp_path):
             refusals.append(str(err))
     assert len(refusals) > 200
     assert all(message.isprintable() for message in refusals)
+
+
+def test_empty_names_make_no_endless_walk(tmp_path):
+    proto = classifier(domains=["com.microsoft"])
+    proto.graph.node[-1].output[0] = "logits"
+    for output in ("", "scores"):
+        proto.graph.node.append(helper.make_node("DequantizeLinear", [""], [output], domain="com.microsoft"))
+    assert open_model(save(proto, tmp_path)).output_kind == "logits"
 
 
 def test_memory_that_runs_out_is_refused(tmp_path, monkeypatch):

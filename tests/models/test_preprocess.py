@@ -143,6 +143,7 @@ ZOO = {
     "postscript": (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n", "not_an_image"),
     "svg": (b"<svg xmlns='http://www.w3.org/2000/svg'/>", "not_an_image"),
     "zeros": (bytes(4096), "not_an_image"),
+    "half the mark of a jpeg": (b"\xff\xd8" + bytes(99), "not_an_image"),
     "jpeg half": (BIG_JPEG[: len(BIG_JPEG) // 2], "truncated"),
     "jpeg without its last 2 bytes": (BIG_JPEG[:-2], "truncated"),
     "jpeg header only": (BIG_JPEG[:20], "truncated"),
@@ -154,6 +155,7 @@ ZOO = {
     "bmp half": (encode(PIXELS, "BMP")[:4000], "truncated"),
     "webp half": (encode(PIXELS, "WEBP")[:300], "truncated"),
     "tiff half": (encode(PIXELS, "TIFF")[:4000], "truncated"),
+    "webp of an unknown kind": (b"RIFF" + struct.pack("<I", 99) + b"WEBPVP8?" + bytes(99), "truncated"),
     "float tiff": (encode(Image.fromarray(np.float32(GREY) / 255), "TIFF"), "unsupported_mode"),
     "32-bit integer tiff": (encode(Image.fromarray(np.int32(GREY)), "TIFF"), "unsupported_mode"),
     "12-bit tiff": (tiff(2, 1, 12, 1, 1, b"\xff\xff\xff"), "unsupported_mode"),
@@ -168,7 +170,7 @@ ZOO = {
         "too_large",
     ),
     "tiff claiming 65000 x 65000": (tiff(65000, 65000, 8, 1, 1, bytes(64)), "too_large"),
-    **{f"webp claiming 16000 x 16000, {data[12:16]}": (data, "too_large") for data in webp_claiming(16000)},
+    **{f"webp claiming 9000 x 9000, {data[12:16]}": (data, "too_large") for data in webp_claiming(9000)},
     "jpeg": (JPEG, by_pillow(JPEG)),
     "progressive jpeg": (encode(PIXELS, "JPEG", quality=90, progressive=True), by_pillow(JPEG)),
     "jpeg with trailing junk": (JPEG + b"junk" * 999, by_pillow(JPEG)),
@@ -224,7 +226,7 @@ def test_zoo(name):
     np.testing.assert_array_equal(pixels, golden)
 
 
-@pytest.mark.parametrize("name", [name for name, (_, golden) in ZOO.items() if golden is not ZOO["zeros"][1]])
+@pytest.mark.parametrize("name", ZOO)
 def test_zoo_as_grey(name):
     data, golden = ZOO[name]
     if isinstance(golden, str):
@@ -343,6 +345,12 @@ def test_a_warning_about_the_header_is_no_damage(oddity):
     np.testing.assert_array_equal(decode(oddity(JPEG)), by_pillow(JPEG))
 
 
+def test_pillow_decides_where_the_two_headers_differ(monkeypatch):
+    monkeypatch.setattr(preprocess.simplejpeg, "decode_jpeg_header", lambda data: (65000, 65000, "YCbCr", "420"))
+    monkeypatch.setattr(preprocess.simplejpeg, "decode_jpeg", lambda *args, **kwargs: pytest.fail("it allocates"))
+    np.testing.assert_array_equal(decode(JPEG), by_pillow(JPEG))
+
+
 def test_damage_that_pillow_shows_is_refused():
     data = damaged(BIG_JPEG)
     assert by_pillow(data).shape == (375, 500, 3)
@@ -431,9 +439,13 @@ def test_tiff_is_turned_once(orientation, compression, mode):
 
 
 @pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize("block", [exif(0), exif(9), b"Exif\0\0", b"Exif\0\0nonsense", exif(6)[:20]])
-def test_unreadable_orientation_means_none(block):
-    np.testing.assert_array_equal(decode(encode(PIXELS, "JPEG", quality=90, exif=block)), by_pillow(JPEG))
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP"])
+@pytest.mark.parametrize(
+    "block", [exif(0), exif(9), b"Exif\0\0", b"Exif\0\0nonsense", exif(6)[:20], b"Exif\0\0II.\0" + exif(6)[10:]]
+)
+def test_unreadable_orientation_means_none(kind, block):
+    bare, marked = encode(PIXELS, kind), encode(PIXELS, kind, exif=block)
+    np.testing.assert_array_equal(decode(marked), decode(bare, exif="ignore"))
 
 
 # --- geometry ----------------------------------------------------------------------------------------------
@@ -477,16 +489,16 @@ def as_timm(pixels, spec):
 SIZES = [(375, 500), (500, 375), (333, 777), (31, 30), (224, 224), (256, 256), (7, 90), (101, 100), (1, 1)]
 
 
-@pytest.mark.parametrize("shape", SIZES)
 @pytest.mark.parametrize("crop_mode", CHOICES["crop_mode"])
 @pytest.mark.parametrize("crop_pct", [0.875, 0.9, 0.965, 1.0])
 @pytest.mark.parametrize("size", [(64, 64), (57, 57), (40, 72), (65, 33)])
-def test_view_equals_timm(shape, crop_mode, crop_pct, size):
+def test_view_equals_timm(crop_mode, crop_pct, size):
     spec = replace(SPEC, input_size=(3, *size), crop_mode=crop_mode, crop_pct=crop_pct)
-    pixels = photograph(*shape)
-    seen, _ = view(pixels, spec)
-    assert seen.dtype == np.uint8
-    np.testing.assert_array_equal(seen, as_timm(pixels, spec))
+    for shape in SIZES:
+        pixels = photograph(*shape)
+        seen, _ = view(pixels, spec)
+        assert seen.dtype == np.uint8
+        np.testing.assert_array_equal(seen, as_timm(pixels, spec), err_msg=f"a photograph of {shape}")
 
 
 @pytest.mark.parametrize("interpolation", CHOICES["interpolation"])

@@ -1,0 +1,156 @@
+"""A method's speed beside the bare network's, in one run."""
+
+from __future__ import annotations
+
+import platform
+import resource
+import statistics
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ... import InputError
+from ..backends import usable_cores
+from ..explainer import Engine, Stages
+from ..opening import DEFAULT_BATCH, Loaded, batch_is_free, blank_batch, load, open_best
+from ..types import Item, Target
+from .sources import list_source
+from .worker import prepare
+
+BARE_SECONDS = 3.0
+
+
+def bench(
+    model: Path,
+    inputs: Sequence[Path] = (),
+    *,
+    method: str = "score-cam",
+    limit: int = 4,
+    rounds: int = 3,
+    batch_size: int | None = None,
+    backend: str = "auto",
+    provider: str | None = None,
+    precision: str = "auto",
+    layer: str | None = None,
+    preprocess: str | None = None,
+    labels: Path | None = None,
+    output: str | None = None,
+    scores: str | None = None,
+) -> dict[str, Any]:
+    """Measure `rounds` times, alternating: the bare network on full batches, then the method over the images.
+
+    Decoding is in the measured time; opening the model is not.
+
+    Returns:
+        Medians over the rounds; `outside_network` is the share of the method's wall time not spent in the network's
+        calls, `slots_filled` the share of batch rows that were real, `peak_mb` what the method's rounds added to the
+        process's peak memory over the bare network's.
+
+    Raises:
+        HeatmillError: the model, the method, the backend or the input is refused.
+    """
+    loaded = load(model, [method], layer=layer, preprocess=preprocess, labels=labels, output=output, scores=scores)
+    size = batch_size or DEFAULT_BATCH
+    if not batch_is_free(loaded, backend, provider, precision):
+        size = loaded.model.input.batch or size
+    session = open_best(loaded, backend, provider, precision, size)
+    batch = blank_batch(loaded, size)
+    feed = {loaded.model.input.name: batch}
+    session.run(feed, [loaded.scores])
+    bare: list[float] = []
+    speeds: list[float] = []
+    outside: list[float] = []
+    all_stages: list[Stages] = []
+    explained = 0
+    peak_before = peak_after = 0.0
+    for _ in range(rounds):
+        bare.append(_bare(session, feed, loaded.scores, size))
+        peak_before = max(peak_before, _peak_mb()) if not speeds else peak_before
+        engine = Engine(loaded, session, [Target("predicted")], size)
+        start = time.perf_counter()
+        explained = sum(1 for _ in engine.stream(_items(loaded, inputs, limit)))
+        wall = time.perf_counter() - start
+        peak_after = _peak_mb()
+        speeds.append(wall)
+        outside.append(1 - engine.stages.network / wall)
+        all_stages.append(engine.stages)
+    middle = sorted(range(rounds), key=lambda i: speeds[i])[rounds // 2]
+    stages, wall, network = all_stages[middle], speeds[middle], statistics.median(bare)
+    return {
+        "model": Path(model).name,
+        "method": loaded.calls[0].text,
+        "backend": session.backend,
+        "provider": session.provider,
+        "precision": session.precision,
+        "version": session.version,
+        "machine": platform.processor() or platform.machine(),
+        "cores": usable_cores(),
+        "batch_size": size,
+        "images": explained,
+        "rounds": rounds,
+        "images_per_second": explained / wall,
+        "rows_per_second": stages.rows / wall,
+        "bare_rows_per_second": network,
+        "of_bare": stages.rows / wall / network,
+        "rows_per_image": stages.rows / explained,
+        "outside_network": statistics.median(outside),
+        "slots_filled": stages.rows / stages.slots,
+        "peak_mb": max(0.0, peak_after - peak_before),
+        "seconds": {
+            **{name: value for name, value in asdict(stages).items() if isinstance(value, float)},
+            "wall": wall,
+        },
+    }
+
+
+def _bare(session: Any, feed: dict[str, Any], output: str, size: int) -> float:
+    """Rows per second of full batches of ready-made inputs."""
+    times: list[float] = []
+    while sum(times) < BARE_SECONDS or len(times) < 3:
+        start = time.perf_counter()
+        session.run(feed, [output])
+        times.append(time.perf_counter() - start)
+    return size / statistics.median(times)
+
+
+def _items(loaded: Loaded, inputs: Sequence[Path], limit: int) -> Iterator[Item]:
+    if not inputs:
+        rng = np.random.default_rng(0)
+        blank = blank_batch(loaded, 1)[0]
+        for i in range(limit):
+            noise = rng.normal(size=blank.shape)
+            yield Item(i, (noise * 50 + 127 if blank.dtype == np.uint8 else noise).astype(blank.dtype))
+        return
+    for i, row in enumerate(list_source(list(inputs), limit=limit).table.to_pylist()):
+        prepared = prepare(row, loaded.spec, loaded.model.input.dtype)
+        if prepared.image is None:
+            raise InputError(f"{row['id']}: {prepared.status}: {prepared.error}; bench needs good images")
+        yield Item(i, prepared.image)
+
+
+def _peak_mb() -> float:
+    """The process's peak resident memory so far."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak / (1 << 20) if sys.platform == "darwin" else peak / 1024
+
+
+def bench_text(found: dict[str, Any]) -> str:
+    """The answer of `bench` for people."""
+    seconds = found["seconds"]
+    stages = ", ".join(f"{name} {value:.3f}" for name, value in seconds.items())
+    return (
+        f"{found['model']}, {found['method']}, {found['backend']} ({found['provider']}) {found['precision']}, "
+        f"batch {found['batch_size']}, {found['cores']} cores, median of {found['rounds']} rounds\n"
+        f"images/s         {found['images_per_second']:.4g} ({found['rows_per_image']:.1f} rows per image)\n"
+        f"rows/s           {found['rows_per_second']:.4g}, bare network {found['bare_rows_per_second']:.4g} "
+        f"({found['of_bare']:.1%})\n"
+        f"outside network  {found['outside_network']:.2%} of the wall time\n"
+        f"slots filled     {found['slots_filled']:.2%}\n"
+        f"peak memory      +{found['peak_mb']:.0f} MB over the bare network\n"
+        f"seconds          {stages}\n"
+    )

@@ -1,0 +1,202 @@
+"""What a model file is, and what this machine offers: `heatmill inspect` and `heatmill doctor`."""
+
+from __future__ import annotations
+
+import os
+import platform
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from ... import BackendError, HeatmillError, ModelError, __version__
+from ...models.find_spec import find_spec
+from ...models.graph.tap import Reading, Tap
+from ...models.load import ModelFile, open_model
+from ...models.spec import ModelSpec
+from ..backends import BACKENDS, PRECISIONS, choose, cpu_flags, survey, usable_cores
+from ..methods import METHODS
+from ..opening import load_opened, read_graph
+from ..types import MethodCall
+
+FLAGS = ("avx2", "avx512f", "avx512_vnni", "avx512_bf16", "amx_bf16", "amx_int8")
+PACKAGES = ("onnx", "onnxruntime", "onnxruntime-ep-openvino", "numpy", "pyarrow", "pillow", "simplejpeg")
+
+
+def describe(
+    model: Path,
+    *,
+    layer: str | None = None,
+    preprocess: str | None = None,
+    labels: Path | None = None,
+    output: str | None = None,
+    scores: str | None = None,
+) -> dict[str, Any]:
+    """All that is known of a model before it is run, as JSON values.
+
+    A missing spec is part of the answer; the layers are then listed at the file's own input size, if it has one.
+
+    Raises:
+        ModelError: the file or the asked layer is refused.
+    """
+    opened = open_model(model, scores=scores)
+    spec: ModelSpec | None = None
+    try:
+        spec, source = find_spec(opened, preprocess=preprocess, labels=labels, output=output)
+    except ModelError as err:
+        if preprocess is not None or labels is not None or output is not None:
+            raise
+        source = str(err)
+    image = opened.input
+    found: dict[str, Any] = {
+        "model": str(opened.path),
+        "sha256": opened.sha256,
+        "opset": opened.opset,
+        "quantised": opened.quantised,
+        "input": {
+            "name": image.name,
+            "layout": image.layout,
+            "dtype": image.dtype,
+            "batch": image.batch or "dynamic",
+            "channels": image.channels,
+            "height": image.height or "dynamic",
+            "width": image.width or "dynamic",
+        },
+        "output": {"name": opened.output, "classes": opened.classes, "kind": opened.output_kind},
+        "spec": None if spec is None else {k: v for k, v in spec.to_json().items() if k != "label_names"},
+        "spec_source": source,
+        "labels": len(spec.label_names) if spec else 0,
+    }
+    if spec is not None:
+        reading: Reading | None = read_graph(opened, spec)
+    elif image.height and image.width:
+        reading = Reading(opened, (image.height, image.width))
+    else:
+        reading = None
+    return found | _layers(reading, layer, spec) | {"methods": _methods(opened, spec, reading, layer)}
+
+
+def _layers(reading: Reading | None, layer: str | None, spec: ModelSpec | None) -> dict[str, Any]:
+    if reading is None:
+        return {"layer": None, "layers": []}
+    asked = layer or (spec.target_layer if spec else None)
+    chosen = reading.choose(asked) if asked or reading.automatic() else None
+    taps = reading.candidates()
+    if chosen is not None and chosen.name not in {tap.name for tap in taps}:
+        taps.append(chosen)
+    return {"layer": chosen.name if chosen else None, "layers": [_tap(tap) for tap in taps]}
+
+
+def _tap(tap: Tap) -> dict[str, Any]:
+    return {
+        "name": tap.name,
+        "layout": tap.layout,
+        "channels": tap.channels,
+        "grid": list(tap.grid),
+        "prefix_tokens": tap.prefix,
+    }
+
+
+def _methods(
+    model: ModelFile, spec: ModelSpec | None, reading: Reading | None, layer: str | None
+) -> dict[str, dict[str, Any]]:
+    """For each method whether it runs with its defaults, how many passes an image needs, or why not."""
+    answers: dict[str, dict[str, Any]] = {}
+    for name, method in METHODS.items():
+        if spec is None or reading is None:
+            answers[name] = {"runs": False, "reason": "no spec was found"}
+            continue
+        call = MethodCall(method, {key: parameter.default for key, parameter in method.parameters.items()})
+        try:
+            loaded = load_opened(model, spec, "", reading, [call], layer)
+        except HeatmillError as err:
+            answers[name] = {"runs": False, "reason": str(err).rpartition("can't run: ")[2]}
+        else:
+            answers[name] = {"runs": True, "passes": 1 + method.passes(loaded.facts, call.parameters)}
+    return answers
+
+
+def describe_text(found: dict[str, Any]) -> str:
+    """The answer of `describe` for people."""
+    image, output = found["input"], found["output"]
+    shape = [image["batch"], image["channels"], image["height"], image["width"]]
+    if image["layout"] == "NHWC":
+        shape = [shape[0], *shape[2:], shape[1]]
+    lines = [
+        f"{found['model']}: opset {found['opset']}{', quantised' if found['quantised'] else ''}",
+        f"input    {image['name']}: {image['layout']} {image['dtype']} {' x '.join(map(str, shape))}",
+        f"output   {output['name']}: {output['classes'] or 'unknown number of'} classes, {output['kind']}",
+        f"spec     {found['spec_source']}",
+    ]
+    if found["spec"]:
+        told = {name: value for name, value in found["spec"].items() if value is not None}
+        lines += [f"         {name}: {value}" for name, value in told.items()]
+        lines.append(f"         label_names: {found['labels'] or 'none'}")
+    lines.append("layers   (* is the one that is read; --layer takes any value or node name)")
+    for layer in found["layers"]:
+        mark = "*" if layer["name"] == found["layer"] else " "
+        grid = "x".join(map(str, layer["grid"]))
+        prefix = f", {layer['prefix_tokens']} tokens before the grid" if layer["prefix_tokens"] else ""
+        lines.append(f"       {mark} {layer['name']}: {layer['channels']} maps of {grid} ({layer['layout']}{prefix})")
+    lines.append("methods")
+    for name, answer in found["methods"].items():
+        verdict = f"at most {answer['passes']} passes per image" if answer["runs"] else f"can't run: {answer['reason']}"
+        lines.append(f"         {name}: {verdict}")
+    return "\n".join(lines) + "\n"
+
+
+def doctor() -> dict[str, Any]:
+    """This machine: processor, packages, backends, and what `auto` picks at each precision."""
+    versions: dict[str, str | None] = {}
+    for name in PACKAGES:
+        try:
+            versions[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            versions[name] = None
+    picks: dict[str, Any] = {}
+    for precision in PRECISIONS:
+        try:
+            fits = choose("auto", None, precision, quantised=precision == "int8")
+        except BackendError as err:
+            picks[precision] = {"pick": None, "why": str(err)}
+        else:
+            names = [f"{backend} ({provider})" for backend, provider, _ in fits]
+            why = "the only one" if len(names) == 1 else "whichever is faster on the model itself"
+            picks[precision] = {"pick": " or ".join(names), "why": why}
+    return {
+        "heatmill": __version__,
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "cores": {"usable": usable_cores(), "machine": os.cpu_count()},
+        "cpu_flags": [flag for flag in FLAGS if flag in cpu_flags()],
+        "packages": versions,
+        "backends": [
+            {
+                "backend": offer.backend,
+                "provider": offer.provider,
+                "version": offer.version,
+                "precisions": list(offer.precisions),
+                "note": offer.note,
+            }
+            for offer in survey()
+        ],
+        "known_backends": list(BACKENDS),
+        "auto": picks,
+    }
+
+
+def doctor_text(found: dict[str, Any]) -> str:
+    """The answer of `doctor` for people."""
+    cores = found["cores"]
+    lines = [
+        f"heatmill {found['heatmill']}, Python {found['python']}, {found['platform']}",
+        f"cores    {cores['usable']} usable of {cores['machine']}; {' '.join(found['cpu_flags']) or 'no known CPU flag'}",
+        "packages " + ", ".join(f"{name} {version or '(missing)'}" for name, version in found["packages"].items()),
+        "backends",
+    ]
+    for offer in found["backends"]:
+        gives = ", ".join(offer["precisions"]) or "nothing"
+        lines.append(f"         {offer['backend']} / {offer['provider']}: {gives} ({offer['note']})")
+    lines.append("--precision, and what --backend auto then picks")
+    for precision, answer in found["auto"].items():
+        lines.append(f"         {precision}: {answer['pick'] or 'none'} ({answer['why']})")
+    return "\n".join(lines) + "\n"
