@@ -105,7 +105,10 @@ def load_opened(
         reason = call.method.refuses(facts, call.parameters)
         if reason:
             raise InputError(f"{model.path.name}: method {call.method.name} can't run: {reason}")
-    return Loaded(model, spec, source, reading, tuple(calls), tap, raw, facts)
+    loaded = Loaded(model, spec, source, reading, tuple(calls), tap, raw, facts)
+    if model.classes is not None:
+        require_classes(loaded, model.classes)
+    return loaded
 
 
 def open_best(

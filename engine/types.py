@@ -225,7 +225,7 @@ def parse_targets(texts: list[str] | tuple[str, ...], classes: int, label_names:
 
 
 def class_index(word: str, classes: int, label_names: tuple[str, ...]) -> int:
-    """The class that a number or a name stands for; names ignore case and take `_` for a space.
+    """The class that a number or a name stands for; an exact name wins, else case and `_` do not count.
 
     Raises:
         InputError: a number outside the model's classes, an unknown or ambiguous name.
@@ -234,8 +234,10 @@ def class_index(word: str, classes: int, label_names: tuple[str, ...]) -> int:
         if not 0 <= int(word) < classes:
             raise InputError(f"class {word} is out of range: the model has classes 0 to {classes - 1}")
         return int(word)
-    plain = [name.casefold().replace("_", " ") for name in label_names]
-    found = [i for i, name in enumerate(plain) if name == word.casefold().replace("_", " ")]
+    found = [i for i, name in enumerate(label_names) if name == word]
+    if not found:
+        loose = word.casefold().replace("_", " ")
+        found = [i for i, name in enumerate(label_names) if name.casefold().replace("_", " ") == loose]
     if len(found) == 1:
         return found[0]
     if found:

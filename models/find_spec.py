@@ -260,10 +260,9 @@ def _geometry(kind: str, processor: _Processor, data: Mapping[str, Any], where: 
     elif edge is not None:
         raise ModelError(f"{where}: size = {size} without do_center_crop leaves the shape open; {_WRITE}")
     ratio = crop[0] / resized[0]
-    if edge is None or crop[0] == crop[1]:
-        for crop_pct in (ratio, math.nextafter(ratio, 0)):  # the resize is floor(crop / crop_pct)
-            if crop_pct <= 1 and resized == (math.floor(crop[0] / crop_pct), math.floor(crop[1] / crop_pct)):
-                return (*crop, crop_pct, "center" if edge is not None else "squash")
+    for crop_pct in (ratio, math.nextafter(ratio, 0)):  # the resize is floor(crop / crop_pct)
+        if crop_pct <= 1 and resized == (math.floor(crop[0] / crop_pct), math.floor(crop[1] / crop_pct)):
+            return (*crop, crop_pct, "center" if edge is not None else "squash")
     raise ModelError(f"{where}: crop_size = {crop} of size = {size} can't be represented; {_WRITE}")
 
 

@@ -136,8 +136,6 @@ def decode(
 def _webp_canvas(data: bytes) -> tuple[int, int] | None:
     """Width and height that a WEBP header claims; Pillow's constructor already allocates the canvas."""
     chunk, head = data[12:16], data[20:30]
-    if len(head) < (5 if chunk == b"VP8L" else 10):
-        return None
     if chunk == b"VP8X":
         return 1 + int.from_bytes(head[4:7], "little"), 1 + int.from_bytes(head[7:10], "little")
     if chunk == b"VP8L":

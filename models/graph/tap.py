@@ -351,7 +351,8 @@ def _set_input(proto: onnx.ModelProto, model: ModelFile, batch: int | str, size:
 def _infer_shapes(proto: onnx.ModelProto) -> dict[str, Shape]:
     del proto.graph.value_info[:]
     for output in proto.graph.output:
-        output.type.tensor_type.ClearField("shape")
+        if output.HasField("type"):
+            output.type.tensor_type.ClearField("shape")
     try:
         inferred = shape_inference.infer_shapes(proto, data_prop=True).graph
     except Exception as err:
@@ -419,7 +420,8 @@ def make_batch_dynamic(proto: onnx.ModelProto, model: ModelFile) -> None:
     _set_input(proto, model, "N", None)
     del proto.graph.value_info[:]
     for output in proto.graph.output:
-        output.type.tensor_type.ClearField("shape")
+        if output.HasField("type"):
+            output.type.tensor_type.ClearField("shape")
     targets = {node.input[1] for node in proto.graph.node if node.op_type == "Reshape" and len(node.input) > 1}
     tensors = [tensor for tensor in proto.graph.initializer if tensor.name in targets]
     tensors += [

@@ -198,6 +198,7 @@ def test_labels(opened, name, text):
     [
         ("labels.json", '{"0": "cat", "2": "owl"}', "classes of the labels are not 0 to 1"),
         ("labels.json", '{"0": "cat", "-1": "owl"}', "classes of the labels are not 0 to 1"),
+        ("labels.json", '{"a": "cat"}', "classes of the labels are not 0 to 0"),
         ("labels.json", "[1, 2]", "labels are a list of names"),
         ("labels.json", "[]", "labels are a list of names"),
         ("labels.json", '"cat"', "labels are a list of names"),
@@ -299,10 +300,10 @@ HUGGING_FACE = {
         "bilinear",
     ),
     "a crop that divides badly": (
-        {"crop_size": 299, "do_center_crop": True, "size": 342, "resample": 4, **IMAGENET}
+        {"crop_size": 224, "do_center_crop": True, "size": 425, "resample": 4, **IMAGENET}
         | {"feature_extractor_type": "CLIPFeatureExtractor"},
-        (299, 299),
-        342,
+        (224, 224),
+        425,
         "box",
     ),
     "facebook/levit-128S": (
@@ -381,6 +382,14 @@ def test_usual_levels_are_kept_to_the_digit(opened):
     beside(opened, "preprocessor_config.json", HUGGING_FACE["facebook/convnext-tiny-224"][0])
     spec, _ = find_spec(opened)
     assert (spec.mean, spec.std) == ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+
+
+def test_an_integer_size_may_be_declared_square(opened):
+    config = {"image_processor_type": "CLIPImageProcessor", "size": 256, "crop_size": 224, "resample": 3, **HALF}
+    beside(opened, "preprocessor_config.json", config)
+    assert find_spec(opened)[0].crop_mode == "center"
+    beside(opened, "preprocessor_config.json", config | {"default_to_square": True})
+    assert find_spec(opened)[0].crop_mode == "squash"
 
 
 def test_mobilevit_is_bgr_without_normalisation(opened):
@@ -502,6 +511,7 @@ def test_timm_labels(opened):
         ({"crop_pct": 1.5}, "'crop_pct' is 1.5"),
         ({"label_offset": 1}, "label_offset = 1 can't be represented"),
         ({"input_size": [3, 224]}, "not .channels, height, width."),
+        ({"label_names": ["a"], "label_descriptions": ["b"]}, "wrong type or value"),
         ({"label_names": {"0": "a", "5": "b"}}, "classes of the labels are not 0 to 1"),
     ],
 )
@@ -561,6 +571,7 @@ def test_contradictions_name_both_sides(opened, model, spec, phrase):
         (json.dumps({**OURS, "mean": [True, 0, 0]}), "mean = .* is not a list of numbers"),
         (json.dumps({**OURS, "std": [math.nan, 1, 1]}), "std = .* is not a list of numbers"),
         (json.dumps({**OURS, "std": [math.inf, 1, 1]}), "std = .* is not a list of numbers"),
+        (json.dumps({**OURS, "mean": [10**400, 0, 0]}), "mean = .* is not a list of numbers"),
         (json.dumps({**OURS, "mean": 0.5}), "mean = 0.5 is not a list of numbers"),
         (json.dumps({**OURS, "label_names": "cat"}), "label_names = 'cat' is not a list of names"),
         (json.dumps({**OURS, "label_names": [1]}), "is not a list of names"),

@@ -26,6 +26,7 @@ from heatmill.models.load import ImageInput, open_model, strip_weights
 
 REAL_MODELS = Path(__file__).parents[3] / "shared/data/models"
 FLOAT, FLOAT16, UINT8 = TensorProto.FLOAT, TensorProto.FLOAT16, TensorProto.UINT8
+OPEN = ("batch", "num_channels", "height", "width")
 RNG = np.random.default_rng(0)
 
 
@@ -134,6 +135,14 @@ def download_cache(folder: Path) -> Path:
     return folder / "snapshots/abc/model.onnx"
 
 
+def data_beside_a_link(folder: Path) -> Path:
+    proto = classifier()
+    (folder / "real").mkdir()
+    (folder / "weights.bin").write_bytes(kernel_bytes(proto))
+    (folder / "link.onnx").symlink_to(external(proto, folder / "real"))
+    return folder / "link.onnx"
+
+
 def linked(folder: Path) -> Path:
     (folder / "real").mkdir()
     (folder / "link.onnx").symlink_to(save(classifier(), folder / "real"))
@@ -158,6 +167,39 @@ def quantised() -> onnx.ModelProto:
     proto = classifier(tail)
     for name, array in (("scale", np.float32(0.1)), ("fine", np.float32(1 / 255)), ("zero", np.uint8(0))):
         proto.graph.initializer.append(numpy_helper.from_array(np.asarray(array), name))
+    return proto
+
+
+def integer_convolution() -> onnx.ModelProto:
+    """Quantised without QuantizeLinear, and nothing fixed in the input."""
+    nodes = [
+        helper.make_node("QLinearConv", ["image", "one", "nil", "w", "one", "nil", "one", "nil"], ["conv"]),
+        helper.make_node("Cast", ["conv"], ["cast"], to=FLOAT),
+        helper.make_node("GlobalAveragePool", ["cast"], ["pool"]),
+        helper.make_node("Flatten", ["pool"], ["scores"]),
+    ]
+    constants = {"one": np.float32(1), "nil": np.uint8(0), "w": np.ones((10, 3, 2, 2), "uint8")}
+    initializers = [numpy_helper.from_array(np.asarray(array), name) for name, array in constants.items()]
+    return model(nodes, [value("image", OPEN, UINT8)], [value("scores", ["batch", 10])], initializers)
+
+
+def depthwise_first() -> onnx.ModelProto:
+    """The first convolution has one group per channel, and nothing is fixed in the input."""
+    proto = classifier(shape=OPEN)
+    proto.graph.node[0].attribute.append(helper.make_attribute("group", 3))
+    proto.graph.initializer[0].CopyFrom(numpy_helper.from_array(weights(3, 1, 3, 3), "kernel"))
+    proto.graph.initializer[1].CopyFrom(numpy_helper.from_array(weights(3, 10), "matrix"))
+    return proto
+
+
+def sliced() -> onnx.ModelProto:
+    """Its classes stand in the declared output only: the slice's ends are computed."""
+    nodes = [
+        helper.make_node("Shape", ["logits"], ["ends"]),
+        helper.make_node("Slice", ["logits", "starts", "ends"], ["scores"]),
+    ]
+    proto = classifier(nodes)
+    proto.graph.initializer.append(numpy_helper.from_array(np.zeros(2, "int64"), "starts"))
     return proto
 
 
@@ -197,7 +239,6 @@ def with_features(*, features_rank: int) -> onnx.ModelProto:
 
 
 NCHW = ImageInput("image", "NCHW", "float32", None, 3, 8, 8)
-OPEN = ("batch", "num_channels", "height", "width")
 GOOD: dict[str, tuple[onnx.ModelProto | Callable[[Path], Path], dict]] = {
     "nchw": (classifier(), {}),
     "nhwc": (classifier(shape=("n", 8, 6, 3)), {"input": ImageInput("image", "NHWC", "float32", None, 3, 8, 6)}),
@@ -217,6 +258,15 @@ GOOD: dict[str, tuple[onnx.ModelProto | Callable[[Path], Path], dict]] = {
         classifier(shape=OPEN, dtype=UINT8),
         {"input": ImageInput("image", "NCHW", "uint8", None, 3, None, None)},
     ),
+    "nothing fixed, one group per channel": (
+        depthwise_first(),
+        {"input": ImageInput("image", "NCHW", "float32", None, 3, None, None)},
+    ),
+    "integer convolution": (
+        integer_convolution(),
+        {"input": ImageInput("image", "NCHW", "uint8", None, 3, None, None), "quantised": True},
+    ),
+    "classes only declared": (sliced(), {}),
     "three wide": (
         classifier(shape=("n", 3, 8, 3)),
         {"input": ImageInput("image", "NHWC", "float32", None, 3, 3, 8)},
@@ -230,6 +280,18 @@ GOOD: dict[str, tuple[onnx.ModelProto | Callable[[Path], Path], dict]] = {
     "softmax of opset 11": (
         classifier(chain(("Softmax", {})), opset=11),
         {"output_kind": "probabilities", "opset": 11},
+    ),
+    "softmax of opset 11 over all axes": (
+        classifier(chain(("Unsqueeze", {"axes": [2, 3]}), ("Softmax", {}), ("Flatten", {})), opset=11),
+        {"output_kind": "probabilities", "opset": 11},
+    ),
+    "softmax of opset 11 over one value": (
+        classifier(chain(("Unsqueeze", {"axes": [2]}), ("Softmax", {"axis": 2}), ("Flatten", {})), opset=11),
+        {"opset": 11},
+    ),
+    "softmax over a batch of ten": (
+        classifier(chain(("Softmax", {"axis": 0})), shape=(10, 3, 8, 8)),
+        {"input": ImageInput("image", "NCHW", "float32", 10, 3, 8, 8)},
     ),
     "softmax over the batch": (classifier(chain(("Softmax", {"axis": 0}))), {"output_kind": "logits"}),
     "log of softmax": (classifier(chain(("LogSoftmax", {}))), {"output_kind": "logits"}),
@@ -254,6 +316,7 @@ GOOD: dict[str, tuple[onnx.ModelProto | Callable[[Path], Path], dict]] = {
     "external data without length": (without_length, {}),
     "download cache of links": (download_cache, {}),
     "link to a file elsewhere": (linked, {}),
+    "external data beside a link": (data_beside_a_link, {}),
 }
 
 
@@ -487,6 +550,19 @@ def detector() -> onnx.ModelProto:
     return proto
 
 
+def rebatched() -> onnx.ModelProto:
+    proto = classifier([helper.make_node("Reshape", ["logits", "to"], ["scores"])], shape=(1, 3, 8, 8))
+    proto.graph.initializer.append(numpy_helper.from_array(np.asarray([5, 2]), "to"))
+    proto.graph.output[0].CopyFrom(value("scores", [5, 2]))
+    return proto
+
+
+def endless_names() -> onnx.ModelProto:
+    proto = classifier(chain(("FastGelu", {"domain": "com.microsoft"})), domains=["com.microsoft"])
+    proto.graph.output[0].CopyFrom(value("scores", ["x" * 10_000] * 20))
+    return proto
+
+
 def unflattened() -> onnx.ModelProto:
     proto = classifier()
     proto.graph.output[0].CopyFrom(value("pool", ["batch", 4, 1, 1]))
@@ -659,6 +735,8 @@ BAD: dict[str, tuple[onnx.ModelProto | Callable[[Path], Path], str]] = {
         "is not a classifier: no output has the shape (batch, classes); where one holds class scores, export it with a "
         "Flatten behind: 'boxes' float32 (batch, 5, 2), 'more' float32 (1, 5, 2)",
     ),
+    "output without the batch": (rebatched(), "is not a classifier: no output has the shape (batch, classes)"),
+    "endless names": (endless_names(), "is not a classifier"),
     "two candidates for scores": (
         with_features(features_rank=2),
         "name one with --scores NAME: 'flat' float32 (batch, 4), 'scores' float32 (batch, 10)",
@@ -750,6 +828,14 @@ def test_skeletons_keep_everything_else():
     helper.set_model_props(proto, {"heatmill.spec": "{}"})
     local_function(proto)
     assert strip_weights(proto) == proto
+
+
+def test_skeletons_leave_training_out(tmp_path):
+    proto = classifier()
+    secret = helper.make_tensor("w", FLOAT, [1000], weights(1000).tobytes(), raw=True)
+    proto.training_info.add().initialization.initializer.append(secret)
+    assert not strip_weights(proto).training_info
+    assert open_model(save(proto, tmp_path)).output == "scores"
 
 
 def test_skeletons_forget_external_data(tmp_path):
