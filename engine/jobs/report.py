@@ -88,9 +88,7 @@ def overlay(photograph: Array, saliency: Array, box: tuple[float, ...], colormap
     return np.asarray(np.rint(np.where(seen[..., None], covered, photograph * DIMMED)), dtype=np.uint8)
 
 
-def write_overlays(
-    run: Run, folder: Path | None = None, *, colormap: str = "turbo", limit: int | None = None
-) -> int:
+def write_overlays(run: Run, folder: Path | None = None, *, colormap: str = "turbo", limit: int | None = None) -> int:
     """Write a PNG for every map of a run: the upright photograph, at most 800 pixels long, under the map.
 
     A photograph that is gone or has changed since the run is passed by.
@@ -172,7 +170,7 @@ def write_report(run: Run, *, limit: int = 500, colormap: str = "turbo") -> Path
         file.write(head.encode())
         for rows in _chosen(run, choice, limit):
             image, photograph = _image_data(rows[0], photographs)
-            maps = []
+            maps: list[str] = []
             for row in rows:
                 card, png = _card(row, len(images), len(maps))
                 cards.append(card)
@@ -203,7 +201,7 @@ def _positions(count: int, low: float, high: float, size: int) -> Array:
 
 
 def _within(positions: Array, size: int) -> Array:
-    return np.asarray((-0.5 <= positions) & (positions < size - 0.5))
+    return np.asarray((positions >= -0.5) & (positions < size - 0.5))
 
 
 def _sample(values: Array, rows: Array, columns: Array) -> Array:
