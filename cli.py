@@ -225,8 +225,10 @@ def _as_toml(options: dict[str, Any]) -> str:
 @click.argument("model", type=click.Path(path_type=Path))
 @model_options
 @common_options
-def inspect(model: Path, as_json: bool, debug: bool, **options: Any) -> None:
-    """Show what a model file is: input, spec, classes, target layers, and which methods can run.
+def inspect(model: Path, as_json: bool, debug: bool, **options: Any) -> int:
+    """Show what a model file is: input, spec, classes, target layers, which methods can run, and a trial run.
+
+    Exit code 2 says that the trial was refused.
 
     Example: heatmill inspect model.onnx
     """
@@ -234,6 +236,7 @@ def inspect(model: Path, as_json: bool, debug: bool, **options: Any) -> None:
 
     found = describe(model, **options)
     click.echo(json.dumps(found) if as_json else describe_text(found), nl=as_json)
+    return 2 if found["trial"] and not found["trial"]["runs"] else 0
 
 
 @main.command()

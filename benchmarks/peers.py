@@ -6,6 +6,7 @@
 
 Every measurement runs in a fresh process (its peak memory is its own), one after another, rows in turn for each image.
 The report is written after each: started again with the same settings, the script measures only what is missing.
+`others` is how many cores other processes kept busy meanwhile: anything above 0.05 spoils a time, PyTorch's most.
 Nothing is extrapolated: each time is of a whole explanation, on whatever number of images the report says. The peers'
 work does not depend on the image (as many passes as channels or masks, always), so that one image is a fair sample.
 """
@@ -375,18 +376,21 @@ SAME_WORK = (
 
 
 def measure_row(row: str, case: Case) -> Report:
-    """A row's report on one image, with the load before it and the peak memory of the process."""
-    load = os.getloadavg()[0]
+    """A row's report on one image, with the peak memory of the process and how many cores others kept busy meanwhile."""
+    start, busy, own = time.perf_counter(), busy_seconds(), time.process_time()
     with contextlib.redirect_stderr(io.StringIO()), contextlib.redirect_stdout(io.StringIO()):  # the peers' bars
         report = ROWS[row].measure(case)
+    others = (busy_seconds() - busy - (time.process_time() - own)) / (time.perf_counter() - start)
     status = Path("/proc/self/status").read_text()
     peak = next(int(line.split()[1]) for line in status.splitlines() if line.startswith("VmHWM"))
-    return {
-        "at": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
-        "load_before": load,
-        "peak_rss_mib": round(peak / 1024),
-        **report,
-    }
+    at = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
+    return {"at": at, "other_cores_busy": round(others, 2), "peak_rss_mib": round(peak / 1024), **report}
+
+
+def busy_seconds() -> float:
+    """Processor time of everything on this machine since it started, time stolen by its host included."""
+    user, nice, system, _idle, _iowait, irq, softirq, steal = Path("/proc/stat").read_text().split()[1:9]
+    return sum(map(int, (user, nice, system, irq, softirq, steal))) / os.sysconf("SC_CLK_TCK")
 
 
 def apart(function: Callable[..., Any], *arguments: Any) -> Any:
@@ -494,6 +498,7 @@ def summarise(report: Report, maps: Path) -> None:
             "median_seconds": statistics.median(run["seconds"] for run in images.values()),
             "median_setup_seconds": statistics.median(run["setup_seconds"] for run in images.values()),
             "peak_rss_mib": max(run["peak_rss_mib"] for run in images.values()),
+            "other_cores_busy": max(run["other_cores_busy"] for run in images.values()),
             "passes": [run["extras"]["passes"] for run in images.values() if "passes" in run["extras"]],
         }
         for row, images in runs.items()
@@ -533,13 +538,17 @@ def show(report: Report) -> None:
         found = f"{line['cosine']:.7f}  {line['max_abs_diff']:.2e}  {line['spearman']:.6f}"
         print(f"  {line['ours']:24} {line['theirs']:28} {line['image']:24} {found}")
     for row in ("forward", "forward/kept-memory"):
-        print(f"\nThe network alone, {ROUNDS} rounds ({row})")
-        for line in report["runs"].get(row, {}).get("all", {}).get("table", []):
+        run = report["runs"].get(row, {}).get("all")
+        if run is None:
+            continue
+        print(f"\nThe network alone, median of {ROUNDS} ({row}; others {run['other_cores_busy']:.2f})")
+        for line in run["table"]:
             speed = f"{line['images_per_second']:8.1f} images/s  max abs diff of scores {line['max_abs_diff']:.1e}"
             print(f"  {line['forward']:42} batch {line['batch']:3} {speed}")
-    print("\nTimes per image: median seconds (opening not counted), n, peak MiB, masked passes where images differ")
+    print("\nTimes per image: median seconds (opening not counted), n, peak MiB, cores that others kept busy, passes")
     for row, line in report["times"].items():
         found = f"{line['median_seconds']:9.2f} s  n={line['n']}  {line['peak_rss_mib']} MiB"
+        found += f"  others {line['other_cores_busy']:.2f}"
         print(f"  {row:28} {found}  {line['passes'] or ''}")
     for row, reason in report["missing"].items():
         print(f"  not measured: {row}: {reason}")

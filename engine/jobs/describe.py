@@ -17,6 +17,7 @@ from ..backends import BACKENDS, PRECISIONS, choose, cpu_flags, survey, usable_c
 from ..methods import METHODS
 from ..opening import load_opened, read_graph
 from ..types import MethodCall
+from .probe import probe
 
 FLAGS = ("avx2", "avx512f", "avx512_vnni", "avx512_bf16", "amx_bf16", "amx_int8")
 PACKAGES = ("onnx", "onnxruntime", "onnxruntime-ep-openvino", "numpy", "pyarrow", "pillow", "simplejpeg")
@@ -31,9 +32,10 @@ def describe(
     output: str | None = None,
     scores: str | None = None,
 ) -> dict[str, Any]:
-    """All that is known of a model before it is run, as JSON values.
+    """All that can be told of a model, as JSON values, a trial run in a bounded process included.
 
-    A missing spec is part of the answer; the layers are then listed at the file's own input size, if it has one.
+    A missing spec is part of the answer, and so is a trial that was refused; without a spec there is no trial, and the
+    layers are listed at the file's own input size, if it has one.
 
     Raises:
         ModelError: the file or the asked layer is refused.
@@ -72,7 +74,32 @@ def describe(
         reading = Reading(opened, (image.height, image.width))
     else:
         reading = None
-    return found | _layers(reading, layer, spec) | {"methods": _methods(opened, spec, reading, layer)}
+    found |= _layers(reading, layer, spec) | {"methods": _methods(opened, spec, reading, layer)}
+    if spec is None:
+        return found | {"trial": None}
+    arguments = {
+        "preprocess": preprocess,
+        "labels": str(labels) if labels else None,
+        "output": output,
+        "scores": scores,
+    }
+    return found | {"trial": _trial(str(model), arguments)}
+
+
+def _trial(model: str, arguments: dict[str, Any]) -> dict[str, Any]:
+    try:
+        probed = probe({"model": model, "methods": (), **arguments})
+    except HeatmillError as err:
+        return {"runs": False, "reason": str(err)}
+    return {
+        "runs": True,
+        "backend": probed.backend,
+        "provider": probed.provider,
+        "precision": probed.precision,
+        "any_batch_size": probed.free_batch,
+        "classes": probed.classes,
+        "rows_per_second": round(probed.rows_per_second, 2),
+    }
 
 
 def _layers(reading: Reading | None, layer: str | None, spec: ModelSpec | None) -> dict[str, Any]:
@@ -141,7 +168,17 @@ def describe_text(found: dict[str, Any]) -> str:
     for name, answer in found["methods"].items():
         verdict = f"at most {answer['passes']} passes per image" if answer["runs"] else f"can't run: {answer['reason']}"
         lines.append(f"         {name}: {verdict}")
+    if found["trial"] is not None:
+        lines.append(f"trial    {_trial_text(found['trial'])}")
     return "\n".join(lines) + "\n"
+
+
+def _trial_text(trial: dict[str, Any]) -> str:
+    if not trial["runs"]:
+        return f"refused: {trial['reason']}"
+    batch = "any batch size" if trial["any_batch_size"] else "the file's own batch size only"
+    how = f"{trial['backend']} ({trial['provider']}), {trial['precision']}, {batch}"
+    return f"{how}; {trial['classes']} classes, about {trial['rows_per_second']:.3g} rows/s"
 
 
 def doctor() -> dict[str, Any]:

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import multiprocessing
+import os
 import pickle
 import resource
-import signal
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -18,6 +18,8 @@ import psutil
 from ... import HeatmillError, ModelError
 from ..backends import Session
 from ..opening import DEFAULT_BATCH, Loaded, batch_is_free, blank_batch, load, open_best, require_classes
+from ..types import Array
+from .child import describe_exit, settle, shielded
 
 DEADLINE = 180.0
 TRIAL_SIZES = (8, 16, 32, 64)
@@ -57,7 +59,7 @@ def probe(
         arguments: of `opening.load`.
         batch_size: rows per call; None measures which is best, where `rows` (the work planned) is worth it.
         deadline: seconds until the child is killed.
-        memory: bytes of address space the child may use; None is what the machine has.
+        memory: bytes the child may map on top of what it starts with; None is what the machine has.
 
     Raises:
         HeatmillError: what the child was refused; ModelError where it was killed or ran out of memory or time.
@@ -67,7 +69,8 @@ def probe(
     limit = memory or psutil.virtual_memory().total
     options = (dict(arguments), backend, provider, precision, batch_size, rows)
     child = context.Process(target=_child, args=(theirs, limit, options), daemon=True)
-    child.start()
+    with shielded():
+        child.start()
     theirs.close()
     name = str(arguments["model"])
     try:
@@ -86,14 +89,10 @@ def probe(
     return result
 
 
-def describe_exit(code: int | None) -> str:
-    """An exit code in words."""
-    if code is not None and code < 0:
-        return f"killed by {signal.Signals(-code).name}"
-    return f"exit code {code}"
-
-
 def _child(answers: Connection, memory: int, options: tuple[Any, ...]) -> None:
+    settle()
+    with open(os.devnull, "w") as nowhere:
+        os.dup2(nowhere.fileno(), 2)  # runtimes write their own lines on a failure, beside the error they raise
     _limit_memory(memory)
     name = str(options[0]["model"])
     answer: Probe | Exception
@@ -101,19 +100,25 @@ def _child(answers: Connection, memory: int, options: tuple[Any, ...]) -> None:
         answer = _try(*options)
     except HeatmillError as err:
         answer = err
-    except MemoryError:
-        answer = ModelError(f"{name}: running the model needs more memory than this machine has")
     except Exception as err:
-        line = str(err).strip().splitlines()[0] if str(err).strip() else type(err).__name__
-        memory_ran_out = "allocate" in line.lower() or "bad_alloc" in line
-        told = "needs more memory than this machine has" if memory_ran_out else "failed"
-        answer = ModelError(f"{name}: running the model {told} ({line[:300]})")
+        if ran_out_of_memory(err):
+            answer = ModelError(f"{name}: running the model needs more memory than this machine has")
+        else:
+            line = str(err).strip().splitlines()[0] if str(err).strip() else type(err).__name__
+            answer = ModelError(f"{name}: running the model failed ({line[:300]})")
     answers.send_bytes(pickle.dumps(answer))
+
+
+def ran_out_of_memory(err: Exception) -> bool:
+    """Whether an error of Python or of a runtime says that no memory was left."""
+    text = str(err).lower()
+    return isinstance(err, MemoryError) or "failed to allocate memory" in text or "bad_alloc" in text
 
 
 def _limit_memory(memory: int) -> None:
     _, hard = resource.getrlimit(resource.RLIMIT_AS)
-    limit = memory if hard == resource.RLIM_INFINITY else min(memory, hard)
+    limit = memory + psutil.Process().memory_info().vms
+    limit = limit if hard == resource.RLIM_INFINITY else min(limit, hard)
     resource.setrlimit(resource.RLIMIT_AS, (limit, hard))
 
 
@@ -136,6 +141,13 @@ def _try(
     if not free and fixed is not None:
         size = fixed
     session = opened(size)
+    if not _rows_apart(loaded, session, min(size, 2) if session.flexible and free else size):
+        if fixed is not None:
+            raise ModelError(
+                f"{loaded.model.path.name}: in its batch of {fixed}, an image's scores depend on the other images; "
+                "export it with a dynamic batch, or a batch of 1"
+            )
+        size, free, session = 1, False, opened(1)
     classes = _check(loaded, session, 1 if session.flexible and free else size)
     trials: dict[int, float] = {}
     if free and batch_size is None and session.flexible and rows > 20 * DEFAULT_BATCH:
@@ -156,7 +168,12 @@ def _trials(seconds: Callable[[int], float]) -> dict[int, float]:
     for count in TRIAL_SIZES:
         if speeds and count / max(speeds.values()) > TRIAL_SECONDS:
             break
-        speeds[count] = count / min(seconds(count), seconds(count))
+        try:
+            speeds[count] = count / min(seconds(count), seconds(count))
+        except Exception as err:
+            if not speeds or not ran_out_of_memory(err):
+                raise
+            break
     return speeds
 
 
@@ -165,6 +182,21 @@ def _seconds(loaded: Loaded, session: Session, rows: int) -> float:
     start = time.perf_counter()
     session.run({loaded.model.input.name: batch}, [loaded.scores])
     return time.perf_counter() - start
+
+
+def _rows_apart(loaded: Loaded, session: Session, rows: int) -> bool:
+    """Whether the first of `rows` keeps its scores when the others change.
+
+    The others are ten times brighter, which also shows where one scale is computed for the whole batch.
+    """
+    batch = np.random.default_rng(0).random(blank_batch(loaded, rows).shape) * 0.1
+    scores: list[Array] = []
+    for brightness in (1, 10):
+        batch[1:] *= brightness
+        feed = (batch * 255 if loaded.model.input.dtype == "uint8" else batch).astype(loaded.model.input.dtype)
+        scores.append(session.run({loaded.model.input.name: feed}, [loaded.scores])[0].reshape(rows, -1)[0])
+    alone, beside = scores
+    return bool(np.allclose(alone, beside, rtol=1e-2, atol=1e-3 * float(np.abs(alone).max()), equal_nan=True))
 
 
 def _check(loaded: Loaded, session: Session, rows: int) -> int:

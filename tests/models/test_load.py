@@ -710,6 +710,7 @@ BAD: dict[str, tuple[onnx.ModelProto | Callable[[Path], Path], str]] = {
     "external offset negative": (refers_to("weights.bin", offset=-4), "external offset '-4', not a byte count"),
     "external offset enormous": (refers_to("weights.bin", offset="9" * 5000), "not a byte count"),
     "external offset in words": (refers_to("weights.bin", offset="1_0"), "external offset '1_0', not a byte count"),
+    "external offset in other digits": (refers_to("weights.bin", offset="\u0660"), "not a byte count"),
     "external length negative": (refers_to("weights.bin", length=-1), "external length '-1', not a byte count"),
     "external length wrong": (refers_to("weights.bin", length=400), "has 432 bytes, its external length is 400"),
     "external data counted twice": (claims_more_than_held, "claims 864 bytes of external weights"),
@@ -785,6 +786,14 @@ def test_empty_names_make_no_endless_walk(tmp_path):
     for output in ("", "scores"):
         proto.graph.node.append(helper.make_node("DequantizeLinear", [""], [output], domain="com.microsoft"))
     assert open_model(save(proto, tmp_path)).output_kind == "logits"
+
+
+def test_a_tower_of_concat_is_not_computed(tmp_path):
+    """Sixty doublings of a shape: 2**62 numbers for whoever propagates them."""
+    tower = [helper.make_node("Concat", [f"s{i}", f"s{i}"], [f"s{i + 1}"], axis=0) for i in range(60)]
+    nodes = [helper.make_node("Shape", ["logits"], ["s0"]), *tower]
+    nodes.append(helper.make_node("Reshape", ["logits", "s60"], ["scores"]))
+    assert open_model(save(classifier(nodes), tmp_path)).classes == 10
 
 
 def test_memory_that_runs_out_is_refused(tmp_path, monkeypatch):
