@@ -69,6 +69,32 @@ class Row:
     peer: bool = True
 
 
+# ---- the clock
+
+
+def busy_seconds() -> float:
+    """Processor time of everything on this machine since it started, time stolen by its host included."""
+    user, nice, system, _idle, _iowait, irq, softirq, steal = Path("/proc/stat").read_text().split()[1:9]
+    return sum(map(int, (user, nice, system, irq, softirq, steal))) / os.sysconf("SC_CLK_TCK")
+
+
+class Watch:
+    """Seconds from its making to `opened` and from there to `stop`, and how many cores others kept busy in these."""
+
+    def __init__(self) -> None:
+        self.start = time.perf_counter()
+
+    def opened(self) -> None:
+        self.busy, self.own = busy_seconds(), time.process_time()
+        self.open = time.perf_counter()
+
+    def stop(self) -> Report:
+        seconds = time.perf_counter() - self.open
+        others = busy_seconds() - self.busy - (time.process_time() - self.own)
+        busy = round(max(others, 0) / seconds, 2)
+        return {"setup_seconds": self.open - self.start, "seconds": seconds, "other_cores_busy": busy}
+
+
 # ---- heatmill
 
 
@@ -76,12 +102,12 @@ def explain(case: Case, model: Path, method: str, precision: str = "fp32") -> tu
     from heatmill import Explainer
 
     layer = case.layer if method.startswith("score-cam") else None
-    start = time.perf_counter()
+    watch = Watch()
     explainer = Explainer(model, method=method, layer=layer, precision=precision)
-    opened = time.perf_counter()
+    watch.opened()
     result = explainer.explain(case.image)
     saliency = result.saliency()[0, 0]
-    run = {"setup_seconds": opened - start, "seconds": time.perf_counter() - opened}
+    run = watch.stop()
     extras = dict(result.extras[0][0])
     return result, {**run, "target": int(result.targets[0, 0]), "extras": extras, "map": saliency}
 
@@ -149,17 +175,17 @@ def grad_cam(precision: str = "") -> Callable[[Case], Report]:
         import_torchvision()
         from pytorch_grad_cam import ScoreCAM
 
-        start = time.perf_counter()
+        watch = Watch()
         model, batch = at_best(case, precision) if precision else (torch_model(case.model), 16)
         layer = model.get_submodule(("network." if precision else "") + layer_name(case.layer))
         x = torch.from_numpy(case.image)
-        opened = time.perf_counter()
+        watch.opened()
         with ScoreCAM(model=model, target_layers=[layer]) as cam:
             if precision:
                 cam.batch_size = batch
             saliency = cam(input_tensor=x, targets=None)[0]
             target = int(cam.outputs.argmax())
-        run = {"setup_seconds": opened - start, "seconds": time.perf_counter() - opened}
+        run = watch.stop()
         return {**run, "target": target, "extras": {"batch": batch, **case.fastest.get(precision, {})}, "map": saliency}
 
     return measure
@@ -173,20 +199,19 @@ def torchcam(precision: str = "") -> Callable[[Case], Report]:
         from torch_models import layer_name, torch_model
         from torchcam.methods import ScoreCAM
 
-        start = time.perf_counter()
+        watch = Watch()
         model, batch = at_best(case, precision) if precision else (torch_model(case.model), 32)
         x = torch.from_numpy(case.image)
         options = {"batch_size": batch, "target_layer": "network." + layer_name(case.layer)} if precision else {}
-        opened = time.perf_counter()
+        watch.opened()
         with ScoreCAM(model, input_shape=tuple(x.shape[1:]), **options) as extractor:
             out = model(x)
             target = out.squeeze(0).argmax().item()
             maps = extractor(target, out)[0][None]
             layer = extractor.target_names[0]
-        seconds = time.perf_counter() - opened
+        run = watch.stop()
         saliency = torch.nn.functional.interpolate(maps, x.shape[2:], mode="bilinear", align_corners=False)
         extras = {"batch": batch, "layer": layer, **case.fastest.get(precision, {})}
-        run = {"setup_seconds": opened - start, "seconds": seconds}
         return {**run, "target": target, "extras": extras, "map": saliency[0, 0].detach().numpy()}
 
     return measure
@@ -203,7 +228,7 @@ def dianna_rise(one_session: bool = False, same_masks: bool = False) -> Callable
         import dianna.methods.rise_image as module
         import onnxruntime
 
-        start = time.perf_counter()
+        watch = Watch()
         model = str(case.softmax_model)
         if one_session:
             session = onnxruntime.InferenceSession(str(case.softmax_model))
@@ -217,9 +242,9 @@ def dianna_rise(one_session: bool = False, same_masks: bool = False) -> Callable
             module.generate_interpolated_float_masks_for_image = lambda *_: drawn
         target = top_class(case)
         options = {"n_masks": case.masks, "feature_res": CELLS, "p_keep": P_KEEP}
-        opened = time.perf_counter()
+        watch.opened()
         maps = dianna.explain_image(model, case.image[0], "RISE", [target], axis_labels={0: "channels"}, **options)
-        run = {"setup_seconds": opened - start, "seconds": time.perf_counter() - opened}
+        run = watch.stop()
         return {**run, "target": target, "extras": {"batch": 100}, "map": np.asarray(maps[0])}
 
     return measure
@@ -264,7 +289,7 @@ def forwards(case: Case) -> Report:
     import torch
     from torch_models import FORWARDS, fast_forward, import_torchvision, torch_model
 
-    start = time.perf_counter()
+    watch = Watch()
     model = torch_model(case.model)
     session = onnxruntime.InferenceSession(str(case.model))
     name = session.get_inputs()[0].name
@@ -295,12 +320,13 @@ def forwards(case: Case) -> Report:
             if way[1] == batch:
                 off[way] = float(np.abs(np.asarray(run()) - scores.numpy()).max())
     seconds: dict[tuple[str, int], list[float]] = {way: [] for way in ways}
-    opened = time.perf_counter()
+    watch.opened()
     for _ in range(ROUNDS):
         for way, run in ways.items():
             begun = time.perf_counter()
             run()
             seconds[way].append(time.perf_counter() - begun)
+    run = watch.stop()
     table = [
         {
             "forward": way[0],
@@ -315,7 +341,6 @@ def forwards(case: Case) -> Report:
         fit = [line for line in table if line["forward"] in FORWARDS and line["forward"].endswith(precision)]
         if fit:
             fastest[precision] = max(fit, key=lambda line: line["images_per_second"])
-    run = {"setup_seconds": opened - start, "seconds": time.perf_counter() - opened}
     return {**run, "table": table, "fastest": fastest, "failed": failed}
 
 
@@ -376,21 +401,13 @@ SAME_WORK = (
 
 
 def measure_row(row: str, case: Case) -> Report:
-    """A row's report on one image, with the peak memory of the process and how many cores others kept busy meanwhile."""
-    start, busy, own = time.perf_counter(), busy_seconds(), time.process_time()
+    """A row's report on one image, with the peak memory of the process."""
     with contextlib.redirect_stderr(io.StringIO()), contextlib.redirect_stdout(io.StringIO()):  # the peers' bars
         report = ROWS[row].measure(case)
-    others = (busy_seconds() - busy - (time.process_time() - own)) / (time.perf_counter() - start)
     status = Path("/proc/self/status").read_text()
     peak = next(int(line.split()[1]) for line in status.splitlines() if line.startswith("VmHWM"))
     at = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
-    return {"at": at, "other_cores_busy": round(others, 2), "peak_rss_mib": round(peak / 1024), **report}
-
-
-def busy_seconds() -> float:
-    """Processor time of everything on this machine since it started, time stolen by its host included."""
-    user, nice, system, _idle, _iowait, irq, softirq, steal = Path("/proc/stat").read_text().split()[1:9]
-    return sum(map(int, (user, nice, system, irq, softirq, steal))) / os.sysconf("SC_CLK_TCK")
+    return {"at": at, "peak_rss_mib": round(peak / 1024), **report}
 
 
 def apart(function: Callable[..., Any], *arguments: Any) -> Any:
@@ -545,6 +562,8 @@ def show(report: Report) -> None:
         for line in run["table"]:
             speed = f"{line['images_per_second']:8.1f} images/s  max abs diff of scores {line['max_abs_diff']:.1e}"
             print(f"  {line['forward']:42} batch {line['batch']:3} {speed}")
+        for forward, reason in run["failed"].items():
+            print(f"  {forward:42} failed: {reason}")
     print("\nTimes per image: median seconds (opening not counted), n, peak MiB, cores that others kept busy, passes")
     for row, line in report["times"].items():
         found = f"{line['median_seconds']:9.2f} s  n={line['n']}  {line['peak_rss_mib']} MiB"

@@ -14,8 +14,8 @@ import numpy.typing as npt
 from .. import BackendError, InputError, ModelError
 from ..models.find_spec import find_spec
 from ..models.graph.head import linear_head, raw_scores
-from ..models.graph.tap import Reading, Tap, inline_external_data, make_batch_dynamic, with_outputs
-from ..models.load import ModelFile, open_model
+from ..models.graph.tap import Reading, Tap, make_batch_dynamic, with_outputs
+from ..models.load import ModelFile, inline_external_data, open_model
 from ..models.spec import ModelSpec
 from .backends import Profile, Session, choose, open_session
 from .methods import parse_method

@@ -100,7 +100,6 @@ def find_spec(
             data["label_names"], where = _read_labels(Path(labels)), f"{where}, labels from {labels}"
         if output is not None:
             data["output"] = output
-        _check_types(data, where)
         spec = ModelSpec.from_json(data, where)
         _reconcile(spec, model, where)
     except ModelError as err:
@@ -326,23 +325,6 @@ def _load_json(text: str, where: str) -> Any:
         return json.loads(text)
     except (ValueError, RecursionError) as err:
         raise ModelError(f"{where}: not JSON ({err}); correct it") from None
-
-
-def _check_types(data: Mapping[str, Any], where: str) -> None:
-    for key, kind, words in (
-        ("input_size", int, "integers"),
-        ("mean", (int, float), "numbers"),
-        ("std", (int, float), "numbers"),
-        ("label_names", str, "names"),
-    ):
-        values = data.get(key, [])
-        fits = isinstance(values, list) and all(isinstance(v, kind) and not isinstance(v, bool) for v in values)
-        if not fits or (kind is not str and not all(abs(value) < 1e9 for value in values)):
-            raise ModelError(f"{where}: {key} = {_short(repr(values), 80)} is not a list of {words}; correct it")
-    if len(data.get("input_size", "chw")) != 3:
-        raise ModelError(f"{where}: input_size = {data['input_size']} is not [channels, height, width]; correct it")
-    if not isinstance(data.get("target_layer"), str | None):
-        raise ModelError(f"{where}: target_layer = {data['target_layer']!r} is not a name; correct it")
 
 
 def _reconcile(spec: ModelSpec, model: ModelFile, where: str) -> None:

@@ -143,6 +143,32 @@ def _refusals(path: Path) -> Iterator[None]:
         raise ModelError(f"{path}: damaged ONNX file ({_line(err)}); export it again") from None
 
 
+def inline_external_data(proto: onnx.ModelProto, model: ModelFile) -> None:
+    """Read external weights into a graph made from `model`, in place: a changed graph no longer lies beside its data.
+
+    Raises:
+        ModelError: a data file is gone, or the graph with its weights exceeds protobuf's 2 GiB.
+    """
+    total = 0
+    for graph in _graphs(proto.graph):
+        for tensor in (*graph.initializer, *_attribute_tensors(graph)):
+            if tensor.data_location != onnx.TensorProto.EXTERNAL:
+                continue
+            entries = {entry.key: entry.value for entry in tensor.external_data}
+            size = (_tensor_bits(tensor) + 7) // 8
+            total += size
+            if total > MAX_FILE_BYTES:
+                raise ModelError(f"{model.path}: has more than 2 GiB of weights, which one graph can't hold")
+            try:
+                with data_file(model.path, entries["location"]).open("rb") as file:
+                    file.seek(int(entries.get("offset", 0)))
+                    tensor.raw_data = file.read(size)
+            except (ModelError, OSError) as err:
+                raise ModelError(f"{model.path}: {err}") from None
+            tensor.ClearField("external_data")
+            tensor.ClearField("data_location")
+
+
 def _open(path: Path, scores: str | None) -> ModelFile:
     data = _read(path)
     digest = hashlib.sha256(data)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from typing import Any
@@ -73,27 +72,35 @@ class ModelSpec:
         missing = sorted({"input_size", "mean", "std"} - set(data))
         if missing:
             raise ModelError(f"{where}: spec field {missing[0]!r} is missing")
+        _check_types(data, where)
         values: dict[str, Any] = {
-            name: tuple(value) if isinstance(value, list) else value for name, value in data.items()
+            key: tuple(given) if isinstance(given, list) else given for key, given in data.items()
         }
         try:
             return cls(**values)
         except ModelError as err:
             raise ModelError(f"{where}: {err}") from None
-        except (TypeError, ValueError) as err:
+        except TypeError as err:
             raise ModelError(f"{where}: a spec field has the wrong type ({err})") from None
-
-    @classmethod
-    def from_text(cls, text: str, where: str) -> ModelSpec:
-        """The spec of a JSON text."""
-        try:
-            data = json.loads(text)
-        except ValueError as err:
-            raise ModelError(f"{where}: not JSON ({err})") from None
-        if not isinstance(data, dict):
-            raise ModelError(f"{where}: a spec is a JSON object")
-        return cls.from_json(data, where)
 
     def to_json(self) -> dict[str, Any]:
         """The spec as plain JSON values."""
         return {name: list(value) if isinstance(value, tuple) else value for name, value in asdict(self).items()}
+
+
+def _check_types(data: Mapping[str, Any], where: str) -> None:
+    for key, kind, words in (
+        ("input_size", int, "integers"),
+        ("mean", (int, float), "numbers"),
+        ("std", (int, float), "numbers"),
+        ("label_names", str, "names"),
+    ):
+        values = data.get(key, [])
+        fits = isinstance(values, list) and all(isinstance(v, kind) and not isinstance(v, bool) for v in values)
+        if not fits or (kind is not str and not all(abs(value) < 1e9 for value in values)):
+            shown = repr(values) if len(repr(values)) <= 80 else repr(values)[:77] + "..."
+            raise ModelError(f"{where}: {key} = {shown} is not a list of {words}; correct it")
+    if len(data["input_size"]) != 3:
+        raise ModelError(f"{where}: input_size = {data['input_size']} is not [channels, height, width]; correct it")
+    if not isinstance(data.get("target_layer"), str | None):
+        raise ModelError(f"{where}: target_layer = {data['target_layer']!r} is not a name; correct it")

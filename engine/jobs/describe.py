@@ -223,10 +223,10 @@ def doctor() -> dict[str, Any]:
 
 def doctor_text(found: dict[str, Any]) -> str:
     """The answer of `doctor` for people."""
-    cores = found["cores"]
+    cores, flags = found["cores"], " ".join(found["cpu_flags"]) or "no known CPU flag"
     lines = [
         f"heatmill {found['heatmill']}, Python {found['python']}, {found['platform']}",
-        f"cores    {cores['usable']} usable of {cores['machine']}; {' '.join(found['cpu_flags']) or 'no known CPU flag'}",
+        f"cores    {cores['usable']} usable of {cores['machine']}; {flags}",
         "packages " + ", ".join(f"{name} {version or '(missing)'}" for name, version in found["packages"].items()),
         "backends",
     ]

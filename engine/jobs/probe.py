@@ -141,7 +141,13 @@ def _try(
     if not free and fixed is not None:
         size = fixed
     session = opened(size)
-    if not _rows_apart(loaded, session, min(size, 2) if session.flexible and free else size):
+    try:
+        apart = _rows_apart(loaded, session, min(size, 2) if session.flexible and free else size)
+    except Exception as err:
+        if fixed is not None or ran_out_of_memory(err):
+            raise
+        apart = False  # the graph hard-codes a batch of 1 behind an axis that it calls open
+    if not apart:
         if fixed is not None:
             raise ModelError(
                 f"{loaded.model.path.name}: in its batch of {fixed}, an image's scores depend on the other images; "

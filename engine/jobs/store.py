@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import errno
+import hashlib
 import json
 import os
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,6 +25,7 @@ from ..methods import parse_method, plain
 Array = npt.NDArray[Any]
 
 FORMAT = 1
+SPACE_GONE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 PLAN = "plan/plan-00000.parquet"
 UPSAMPLE = "linear / half_pixel / edge-clamped"
 STATUSES = (
@@ -37,6 +41,9 @@ STATUSES = (
     "changed",
     "nonfinite",
     "worker_crash",
+)
+SETTINGS = frozenset(
+    ("identity", "images", "rows_per_image", "shard_rows", "model", "spec", "methods", "targets", "grid", "plan_hash")
 )
 COLUMNS: list[tuple[str, pa.DataType]] = [
     ("row", pa.int64()),
@@ -79,12 +86,12 @@ def pixel_column(grid: tuple[int, int] | None) -> str:
 def encode_pixels(values: Array) -> tuple[bytes, float, float]:
     """A pixel map as (bytes, scale, offset): float16 of (map - offset) / scale, byte planes apart, zstd.
 
-    Offset and scale use float16's whole range, so that the error is below 1/2048 of the map's range and the order of
+    Offset and scale use float16's whole range, so that the error is at most 1/2048 of the map's range and the order of
     small values survives.
     """
     offset = float(np.float32(values.min()))
     span = float(values.max()) - offset
-    scale = 2.0 ** (np.ceil(np.log2(span)) - 15) if span > 0 else 1.0
+    scale = 2.0 ** max(np.ceil(np.log2(span)) - 15, -149) if span > 0 else 1.0  # float32 holds 2^-149, nothing smaller
     halves = ((values.astype(np.float64) - offset) / scale).astype("<f2")
     planes = halves.reshape(-1).view(np.uint8).reshape(-1, 2).T
     return zstandard.ZstdCompressor(level=3).compress(planes.tobytes()), scale, offset
@@ -94,7 +101,8 @@ def decode_pixels(data: bytes, scale: float, offset: float, shape: Sequence[int]
     """The float32 map (h, w) of `encode_pixels`."""
     planes = np.frombuffer(zstandard.ZstdDecompressor().decompress(data), dtype=np.uint8).reshape(2, -1)
     halves = np.ascontiguousarray(planes.T).view("<f2").reshape(tuple(shape))
-    return (halves.astype(np.float64) * scale + offset).astype(np.float32)
+    limits = np.finfo(np.float32)
+    return (halves.astype(np.float64) * scale + offset).clip(limits.min, limits.max).astype(np.float32)
 
 
 def commit(run: Path, name: str, data: bytes) -> None:
@@ -118,13 +126,20 @@ def commit(run: Path, name: str, data: bytes) -> None:
         os.close(folder)
 
 
+def write_refusal(run: Path, err: OSError) -> str:
+    """What to say when nothing can be written to a run."""
+    what = "no space is left" if err.errno in SPACE_GONE else f"can't be written ({err.strerror})"
+    return f"{run}: {what}; everything committed is kept, the same command resumes"
+
+
 def part_name(shard: int) -> str:
     return f"data/part-{shard:06d}.parquet"
 
 
 def committed(run: Path) -> set[int]:
     """The shards that have a part."""
-    return {int(path.stem.removeprefix("part-")) for path in (run / "data").glob("part-*.parquet")}
+    found = (re.fullmatch(r"part-(\d{6,})\.parquet", path.name) for path in (run / "data").glob("part-*.parquet"))
+    return {int(match[1]) for match in found if match}
 
 
 def parquet_bytes(table: pa.Table) -> bytes:
@@ -141,6 +156,30 @@ def parquet_bytes(table: pa.Table) -> bytes:
         write_page_index=True,
     )
     return bytes(sink.getvalue())
+
+
+def plan_hash(identity: Mapping[str, Any], shard_rows: int, images: pa.Table) -> str:
+    """What tells a run's parts from another's: the settings, the images and how they are cut into shards."""
+    digest = hashlib.sha256(json.dumps([identity, shard_rows], sort_keys=True).encode())
+    for name in ("id", "uri", "size", "label"):
+        digest.update(json.dumps(images[name].to_pylist()).encode())
+    return digest.hexdigest()
+
+
+def read_plan(run: Path, settings: Mapping[str, Any]) -> pa.Table:
+    """The images of a run.
+
+    Raises:
+        RunError: missing, damaged, or not the plan that `run.json` was written for.
+    """
+    try:
+        images = pq.read_table(run / PLAN, page_checksum_verification=True)
+        hashed = plan_hash(settings["identity"], int(settings["shard_rows"]), images)
+    except DAMAGE as err:
+        raise RunError(f"{run / PLAN}: damaged ({_first_line(err)}); start again with --overwrite") from None
+    if hashed != settings["plan_hash"] or images.num_rows != settings["images"]:
+        raise RunError(f"{run}: run.json and {PLAN} do not belong together; start again with --overwrite")
+    return images
 
 
 def write_part(run: Path, shard: int, rows: Sequence[Mapping[str, Any]], columns: pa.Schema, footer: str) -> None:
@@ -246,13 +285,13 @@ class Run:
         kept = [name for name, _ in COLUMNS if name != "map_shape"]
         tables = []
         for path in self.parts():
-            with _named(path):
+            with naming(path):
                 tables.append(pq.read_table(path, columns=kept).replace_schema_metadata())
         return pa.concat_tables(tables) if tables else pa.schema(COLUMNS).empty_table().select(kept)
 
     def _values(self, path: Path) -> Iterator[tuple[dict[str, Any], Array | None]]:
         """The columns of each row of a part, and its map."""
-        with _named(path), pq.ParquetFile(path, page_checksum_verification=True) as file:
+        with naming(path), pq.ParquetFile(path, page_checksum_verification=True) as file:
             for batch in file.iter_batches(batch_size=256):
                 maps = None
                 if self.grid is not None:
@@ -293,8 +332,11 @@ class Run:
         )
 
 
-class _named:
-    """Damage found while reading a part becomes one line that names it."""
+DAMAGE = (OSError, pa.ArrowException, zstandard.ZstdError, ValueError, LookupError)
+
+
+class naming:
+    """Damage found while a part is read becomes one line that names it."""
 
     def __init__(self, path: Path) -> None:
         self._path = path
@@ -303,11 +345,15 @@ class _named:
         return None
 
     def __exit__(self, kind: object, err: BaseException | None, trace: object) -> None:
-        if isinstance(err, OSError | pa.ArrowException | zstandard.ZstdError):
-            line = str(err).strip().splitlines()[0]
+        if isinstance(err, DAMAGE):
             raise RunError(
-                f"{self._path}: damaged ({line}); delete it, and heatmill explain with the same settings makes it again"
+                f"{self._path}: damaged ({_first_line(err)}); "
+                "delete it, and heatmill explain with the same settings makes it again"
             ) from err
+
+
+def _first_line(err: BaseException) -> str:
+    return (str(err).strip().splitlines() or [type(err).__name__])[0]
 
 
 def open_run(path: str | Path) -> Run:
@@ -321,6 +367,8 @@ def open_run(path: str | Path) -> Run:
         settings = json.loads((path / "run.json").read_text())
         if not isinstance(settings, dict):
             raise ValueError("not an object")
+        if settings.get("format") == FORMAT and (missing := sorted(SETTINGS - settings.keys())):
+            raise ValueError(f"it lacks {missing[0]!r}")
     except FileNotFoundError:
         raise RunError(f"{path}: not a run (it has no run.json)") from None
     except (OSError, ValueError) as err:
@@ -340,33 +388,35 @@ def verify(path: str | Path) -> dict[str, int]:
         RunError: the first damage found, with the part's name.
     """
     run = open_run(path)
+    settings = run.settings
     counts = {"shards": run.shards, "committed": 0, "rows": 0, "ok": 0}
-    size, images, each = int(run.settings["shard_rows"]), int(run.settings["images"]), int(run.settings["rows_per_image"])
-    plan = pq.read_table(run.path / PLAN)
+    size, images, each = int(settings["shard_rows"]), int(settings["images"]), int(settings["rows_per_image"])
+    calls = [method["call"] for method in settings["methods"]]
+    per_image = [call for call in calls for _ in range(each // len(calls))]
+    ids = read_plan(run.path, settings)["id"]
     for shard in sorted(committed(run.path)):
         part = run.path / part_name(shard)
-        with _named(part):
-            footer = pq.read_schema(part).metadata or {}
-        if json.loads(footer.get(b"heatmill", b"{}")).get("plan_hash") != run.settings["plan_hash"]:
-            raise RunError(f"{part}: belongs to another plan; delete it and resume the run")
+        with naming(part):
+            footer = json.loads((pq.read_schema(part).metadata or {})[b"heatmill"])
+            belongs = footer["plan_hash"] == settings["plan_hash"] and shard < run.shards
+        if not belongs:
+            raise RunError(f"{part}: belongs to another run; delete it, and the same heatmill explain makes its own")
         first, last = shard * size, min((shard + 1) * size, images)
         expected = [
-            (row, identity)
-            for row, identity in zip(range(first, last), plan["id"][first:last].to_pylist(), strict=True)
-            for _ in range(each)
+            (row, identity, call)
+            for row, identity in zip(range(first, last), ids[first:last].to_pylist(), strict=True)
+            for call in per_image
         ]
-        found: list[tuple[int, str]] = []
+        found: list[tuple[int, str, str]] = []
         for values, raw in run._values(part):
-            found.append((values["row"], values["id"]))
+            found.append((values["row"], values["id"], values["method"]))
             if values["status"] not in STATUSES:
-                raise RunError(f"{part}: row {values['id']!r} has the unknown status {values['status']!r}")
+                raise RunError(f"{part}: row {values['id']!r} has the unknown status {values['status']!r}; delete it and resume")
             if values["status"] == "ok" and (raw is None or not np.isfinite(raw).all()):
-                raise RunError(f"{part}: row {values['id']!r} is ok and has no finite map")
+                raise RunError(f"{part}: row {values['id']!r} is ok and has no finite map; delete it and resume")
             counts["ok"] += values["status"] == "ok"
         if found != expected:
-            raise RunError(f"{part}: holds {len(found)} rows, not the plan's {len(expected)} in order; delete and resume")
+            raise RunError(f"{part}: its {len(found)} rows are not the plan's {len(expected)} in order; delete it and resume")
         counts["committed"] += 1
         counts["rows"] += len(found)
     return counts
-
-

@@ -8,6 +8,7 @@ in `AXES`. A residual sum restores what an attention block loses, so no table of
 from __future__ import annotations
 
 import difflib
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -18,7 +19,7 @@ import onnx
 from onnx import TensorProto, helper, numpy_helper, shape_inference
 
 from ... import ModelError
-from ..load import MAX_FILE_BYTES, ModelFile, data_file, strip_weights
+from ..load import ModelFile, strip_weights
 
 Array = npt.NDArray[Any]
 Shape = tuple[int, ...]
@@ -58,6 +59,8 @@ class Tap:
             values = values[:, :, self.prefix : self.prefix + h * w]
         return np.ascontiguousarray(values, dtype=np.float32).reshape(n, self.channels, h, w)
 
+
+MAX_SHAPE_VALUES = 4096
 
 AxisRule = Callable[["Reading", onnx.NodeProto, Shape], Axes | None]
 
@@ -354,7 +357,7 @@ def _infer_shapes(proto: onnx.ModelProto) -> dict[str, Shape]:
         if output.HasField("type"):
             output.type.tensor_type.ClearField("shape")
     try:
-        inferred = shape_inference.infer_shapes(proto, data_prop=True).graph
+        inferred = shape_inference.infer_shapes(proto, data_prop=_shapes_stay_small(proto.graph)).graph
     except Exception as err:
         raise ModelError(f"the graph's shapes contradict one another ({str(err).splitlines()[0]})") from None
     shapes: dict[str, Shape] = {}
@@ -364,6 +367,20 @@ def _infer_shapes(proto: onnx.ModelProto) -> dict[str, Shape]:
             shapes[value.name] = tuple(dim.dim_value for dim in tensor.shape.dim)
     shapes.update({tensor.name: tuple(tensor.dims) for tensor in proto.graph.initializer})
     return shapes
+
+
+def _shapes_stay_small(graph: onnx.GraphProto) -> bool:
+    """Whether following computed shapes is safe: n concatenations of a shape with itself are 2**n numbers."""
+    counts = {
+        t.name: math.prod(t.dims) for t in graph.initializer if t.data_type in (TensorProto.INT64, TensorProto.INT32)
+    }
+    for node in graph.node:
+        taken = [counts.get(name, 0) for name in node.input]
+        count = 8 if node.op_type == "Shape" else sum(taken) if node.op_type == "Concat" else max(taken, default=0)
+        if count > MAX_SHAPE_VALUES:
+            return False
+        counts.update(dict.fromkeys(node.output, count))
+    return True
 
 
 def with_outputs(proto: onnx.ModelProto, names: Sequence[str]) -> onnx.ModelProto:
@@ -436,24 +453,3 @@ def make_batch_dynamic(proto: onnx.ModelProto, model: ModelFile) -> None:
         if target.ndim == 1 and len(target) and target[0] == fixed:
             target[0] = 0
             tensor.CopyFrom(numpy_helper.from_array(target, tensor.name))
-
-
-def inline_external_data(proto: onnx.ModelProto, model: ModelFile) -> None:
-    """Read external weights into the graph, in place: a graph that was changed no longer lies beside its data.
-
-    Raises:
-        ModelError: the graph with its weights exceeds protobuf's 2 GiB.
-    """
-    total = 0
-    for tensor in proto.graph.initializer:
-        if tensor.data_location == TensorProto.EXTERNAL:
-            entries = {entry.key: entry.value for entry in tensor.external_data}
-            length = int(entries["length"]) if "length" in entries else None
-            with data_file(model.path, entries["location"]).open("rb") as file:
-                file.seek(int(entries.get("offset", 0)))
-                tensor.raw_data = file.read() if length is None else file.read(length)
-            tensor.ClearField("external_data")
-            tensor.ClearField("data_location")
-            total += len(tensor.raw_data)
-            if total > MAX_FILE_BYTES:
-                raise ModelError(f"{model.path.name}: more than 2 GiB of weights is more than one graph can hold")

@@ -271,3 +271,14 @@ def test_one_score_with_a_softmax_is_refused(make_model, photographs):
     onnx.save(model, path)
     with pytest.raises(ModelError, match="softmax over one class"):
         Explainer(path)
+
+
+def test_external_weights_are_read_into_the_graph(make_model, photographs, tmp_path):
+    plain = make_model("plain.onnx")
+    whole = Explainer(plain).explain(files(photographs)[:2])
+    (tmp_path / "apart").mkdir()
+    path = tmp_path / "apart" / "apart.onnx"
+    onnx.save(onnx.load(plain), path, save_as_external_data=True, location="weights.bin", size_threshold=0)
+    path.with_suffix(".json").write_text(plain.with_suffix(".json").read_text())
+    assert onnx.load(path, load_external_data=False).graph.initializer[0].data_location == TensorProto.EXTERNAL
+    np.testing.assert_array_equal(Explainer(path).explain(files(photographs)[:2]).maps, whole.maps)

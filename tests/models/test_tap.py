@@ -251,3 +251,13 @@ def test_the_real_models(shared_data, file, layer, channels, side, linear):
     reading = Reading(open_model(shared_data / "models" / f"{file}.onnx"), (224, 224))
     assert reading.automatic() == Tap(layer, "nchw", channels, (side, side))
     assert isinstance(linear_head(reading, reading.automatic(), "logits"), LinearHead) == linear
+
+
+def test_shapes_that_double_at_every_node_are_not_followed(tmp_path):
+    g = Graph()
+    value = g("Relu", g("Conv", "x", g.w(8, 3, 3, 3), out="c", pads=[1] * 4, strides=[4, 4]), out="last")
+    shape = g("Shape", value, out="s0")
+    for i in range(40):
+        shape = g("Concat", shape, shape, out=f"s{i + 1}", axis=0)
+    g("Gemm", g("Flatten", g("GlobalAveragePool", value, out="p"), out="f"), g.w(10, 8), out="logits", transB=1)
+    assert g.save(tmp_path / "m.onnx", "logits").automatic().name == "last"

@@ -12,13 +12,14 @@ import numpy as np
 import onnx
 import onnxruntime as ort
 import pytest
-from heatmill import InputError, ModelError
-from heatmill.models import zoo
-from heatmill.models.spec import ModelSpec
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from numpy.lib.stride_tricks import sliding_window_view
 from PIL import Image
+
+from heatmill import InputError, ModelError
+from heatmill.models import zoo
+from heatmill.models.spec import ModelSpec
 
 ROOT = Path(__file__).parents[2]
 BESIDE = ROOT.parent / "shared" / "data"  # real models and photographs, where a developer has them
@@ -331,7 +332,7 @@ def test_every_row_names_itself_and_an_extra_that_installs_it(name):
 @pytest.mark.parametrize("name", zoo.ZOO)
 def test_every_model_carries_its_spec_and_origin(tmp_path, name):
     metadata = {prop.key: prop.value for prop in onnx.load(zoo.build(name, tmp_path / "m.onnx")).metadata_props}
-    spec = ModelSpec.from_text(metadata["heatmill.spec"], name)
+    spec = ModelSpec.from_json(json.loads(metadata["heatmill.spec"]), name)
     assert len(spec.label_names) == 1000
     assert spec.target_layer == "head_act"
     assert (metadata["source"], metadata["licence"]) == (zoo.ZOO[name].package, zoo.ZOO[name].licence)
