@@ -19,7 +19,6 @@ from .backends import Session
 from .opening import DEFAULT_BATCH, Loaded, batch_is_free, blank_batch, load, open_best
 from .schedule import Run, Scheduler
 from .types import (
-    Combined,
     Expansion,
     Explanation,
     GridBank,
@@ -33,6 +32,7 @@ from .types import (
 
 Array = npt.NDArray[Any]
 
+FLAT = 1e-6  # a map whose range is below this share of its size holds rounding only
 BLUR = (51, 50.0)  # kernel size and sigma of the blurred baseline (Group-CAM's, METHODS section 2)
 
 
@@ -253,16 +253,16 @@ class Engine:
         posterior = host.class_scores(raw[None], np.append(classes, pred), self.loaded.posterior)[0]
         for method, call in enumerate(self.loaded.calls):
             expansion, scores = state.expansions[method], state.scores[method]
-            combined = self._maps(call, observation, expansion, scores, classes)
+            combined = call.method.combine(self.loaded.facts, observation, expansion, scores, classes, call.parameters)
             for k, (target, source) in enumerate(state.targets):
                 raw_map = np.ascontiguousarray(combined.maps[k])
                 if not np.isfinite(scores[k]).all() or not np.isfinite(raw_map).all():
                     yield self._nonfinite(key, call, target, source, float(posterior[k]), pred, float(posterior[-1]))
                     continue
                 extras = {**expansion.extras, **combined.extras[k]}
-                if np.ptp(raw_map) == 0:
+                if np.ptp(raw_map) <= FLAT * np.abs(raw_map).max():
                     extras["reason"] = "flat: every position weighs the same"
-                    raw_map = np.zeros_like(raw_map)
+                    raw_map = np.full_like(raw_map, raw_map.mean())
                 yield Explanation(
                     key,
                     call,
@@ -276,11 +276,6 @@ class Engine:
                     raw_map,
                     extras,
                 )
-
-    def _maps(
-        self, call: MethodCall, observation: Observation, expansion: Expansion, scores: Array, classes: Array
-    ) -> Combined:
-        return call.method.combine(self.loaded.facts, observation, expansion, scores, classes, call.parameters)
 
     def _nonfinite(
         self, key: Hashable, call: MethodCall, target: int, source: str, score: float, pred: int, pred_score: float

@@ -33,10 +33,11 @@ class MapBank:
 
 @dataclass(frozen=True, slots=True)
 class GridBank:
-    """RISE masks: grids of bits (n, s, s) uint8 and offsets (n, 2) within a cell."""
+    """RISE masks: grids of bits (n, s, s) uint8, offsets (n, 2) within a cell, and how often each was drawn (n,)."""
 
     bits: Array
     offsets: Array
+    counts: Array
 
     def __len__(self) -> int:
         return len(self.bits)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import math
 import os
@@ -16,9 +15,8 @@ from typing import Any
 import numpy as np
 import onnx
 import pyarrow as pa
-import pyarrow.parquet as pq
 
-from ... import InputError, RunError, __version__
+from ... import IncompleteError, InputError, RunError, __version__
 from ...models.load import open_model
 from ...models.spec import ModelSpec
 from ..methods import parse_method
@@ -30,6 +28,8 @@ from .sources import Source, list_source
 
 SHARD_SECONDS = 60.0
 MAX_SHARD_ROWS = 4096
+RUN_NAMES = ("_tmp", "plan", "data", "events", "report", "run.json", "summary.json")
+UNBORN_NAMES = ("_tmp", "plan", "data", "events")  # what a call leaves that was killed before it wrote run.json
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -148,37 +148,40 @@ def freeze(job: Job, loaded: Loaded, source: Source, targets: tuple[Target, ...]
         "batch_size": probe.batch_size,
         "batch_trials": {str(rows): round(speed, 3) for rows, speed in probe.trials.items()},
         "seed": job.seed,
-        "versions": {
-            "heatmill": __version__,
-            "python": platform.python_version(),
-            "numpy": np.__version__,
-            "onnx": onnx.__version__,
-            "backend": probe.version,
-        },
+        "versions": {**versions(), "backend": probe.version},
     }
-    digest = hashlib.sha256(json.dumps([settings["identity"], shard_rows], sort_keys=True).encode())
-    for name in ("id", "uri", "size", "label"):
-        digest.update(json.dumps(source.table[name].to_pylist()).encode())
-    settings["plan_hash"] = digest.hexdigest()
+    settings["plan_hash"] = store.plan_hash(settings["identity"], shard_rows, source.table)
     position = pa.array(range(source.table.num_rows), pa.int64())
     return Plan(settings, source.table.add_column(0, "row", position))
+
+
+def versions() -> dict[str, str]:
+    """What is installed here."""
+    return {
+        "heatmill": __version__,
+        "python": platform.python_version(),
+        "numpy": np.__version__,
+        "onnx": onnx.__version__,
+    }
 
 
 def identity(job: Job, loaded: Loaded, targets: tuple[Target, ...]) -> dict[str, Any]:
     """What two calls must share to be one run; the names are the user's words, for the refusal."""
     return {
+        "heatmill": ".".join(__version__.split(".")[:2]),
         "model": loaded.model.sha256,
         "spec": loaded.spec.to_json(),
         "--method": [{"name": call.method.name, **call.parameters} for call in loaded.calls],
         "--target": [target.text for target in targets],
         "--layer": loaded.tap.name if loaded.tap else None,
+        "--scores": loaded.model.output,
         "--backend": job.backend,
         "--provider": job.provider,
         "--precision": job.precision,
         "--batch-size": job.batch_size or "auto",
         "--seed": job.seed,
         "--limit": job.limit,
-        "input": [str(path.absolute()) for path in job.inputs],
+        "input": [os.path.abspath(path) for path in job.inputs],
     }
 
 
@@ -191,26 +194,40 @@ def create(run: Path, plan: Plan) -> None:
 
 
 def check_folder(out: Path, overwrite: bool) -> bool:
-    """Whether `out` already holds a run; with `overwrite`, an old run is removed first.
+    """Whether `out` holds a run to go on with.
 
     Raises:
-        InputError: it is a file, or a folder of other things, or can't be written.
+        InputError: it is a file, or holds other things than a run, or can't be written.
+        IncompleteError: it holds a run and can't be written.
     """
-    if (out / "run.json").exists():
-        if not overwrite:
-            return True
-        store.open_run(out)
-        shutil.rmtree(out)
+    exists = (out / "run.json").exists()
     if out.exists() and not out.is_dir():
         raise InputError(f"{out}: is a file; -o takes a folder for the run")
-    if out.is_dir():
-        foreign = sorted(path.name for path in out.iterdir() if path.name not in ("_tmp", "plan", "data", "events"))
+    if out.is_dir() and not (exists and not overwrite):
+        known = RUN_NAMES if exists else UNBORN_NAMES
+        foreign = [f"{path.name}" for path in out.iterdir() if path.name not in known]
+        if not exists and (out / "data").is_dir():
+            foreign += [f"data/{path.name}" for path in (out / "data").iterdir()]
+        if foreign and exists:
+            raise InputError(f"{out}: holds {min(foreign)!r} besides the run; move it away, --overwrite would remove it")
         if foreign:
-            raise InputError(f"{out}: holds {foreign[0]!r} and is not a run; give a new or empty folder with -o")
+            raise InputError(f"{out}: holds {min(foreign)!r} and is not a run; give a new or empty folder with -o")
     nearest = next(parent for parent in [out, *out.absolute().parents] if parent.exists())
     if not nearest.is_dir() or not os.access(nearest, os.W_OK | os.X_OK):
+        if exists:
+            raise IncompleteError(f"{out}: can't be written; make it writable, then the same command resumes")
         raise InputError(f"{out}: can't be written ({nearest} is not writable); give another folder with -o")
-    return False
+    return exists and not overwrite
+
+
+def clear(run: Path) -> None:
+    """Remove a run; `run.json` goes last, so that no part is ever left without it."""
+    for name in ("summary.json", "report", "data", "events", "plan", "run.json"):
+        path = run / name
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path)
+        else:
+            path.unlink(missing_ok=True)
 
 
 def check_same(run: Path, plan: Plan, asked: Mapping[str, Any]) -> None:
@@ -232,14 +249,8 @@ def reopen(run: Path) -> Plan:
     Raises:
         RunError: not a run, or damaged.
     """
-    settings = dict(store.open_run(run).settings)
-    try:
-        images = pq.read_table(run / store.PLAN)
-    except (OSError, pa.ArrowException) as err:
-        raise RunError(f"{run / store.PLAN}: damaged ({str(err).splitlines()[0]}); start again with --overwrite") from None
-    if images.num_rows != settings["images"]:
-        raise RunError(f"{run / store.PLAN}: lists {images.num_rows} images, run.json {settings['images']}")
-    return Plan(settings, images)
+    settings = store.open_run(run).settings
+    return Plan(settings, store.read_plan(run, settings))
 
 
 def _difference(name: str, old: Any, new: Any) -> str:
@@ -250,14 +261,14 @@ def _difference(name: str, old: Any, new: Any) -> str:
     return f"{name}: {texts[0]} in the run, {texts[1]} asked"
 
 
-def load_for(plan: Plan) -> Loaded:
-    """The model of a run, opened again by what `run.json` resolved.
+def load_for(plan: Plan, path: Path) -> Loaded:
+    """The model of a run, opened again from `path` by what `run.json` resolved.
 
     Raises:
         RunError: the model's file is not the one the run began with.
     """
     settings = plan.settings
-    model = open_model(Path(settings["model"]["path"]), scores=settings["model"]["scores"])
+    model = open_model(path, scores=settings["model"]["scores"])
     if model.sha256 != settings["model"]["sha256"]:
         raise RunError(f"{model.path}: the file has changed since the run began; put it back, or start with --overwrite")
     spec = ModelSpec.from_json(settings["spec"], "run.json")

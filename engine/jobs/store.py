@@ -286,7 +286,8 @@ class Run:
         tables = []
         for path in self.parts():
             with naming(path):
-                tables.append(pq.read_table(path, columns=kept).replace_schema_metadata())
+                table = pq.read_table(path, columns=kept, page_checksum_verification=True)
+                tables.append(table.replace_schema_metadata())
         return pa.concat_tables(tables) if tables else pa.schema(COLUMNS).empty_table().select(kept)
 
     def _values(self, path: Path) -> Iterator[tuple[dict[str, Any], Array | None]]:

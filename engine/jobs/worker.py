@@ -6,15 +6,13 @@ image that kills it is found.
 
 from __future__ import annotations
 
-import errno
 import json
+import math
 import os
-import signal
-import threading
 import time
 import traceback
 from collections import deque
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from multiprocessing.connection import Connection
@@ -30,29 +28,43 @@ from ..opening import Loaded, open_best
 from ..types import Array, Explanation, Item, Target
 from . import plan as plans
 from . import sources, store
+from .child import settle
+from .probe import ran_out_of_memory
 
-SPACE_GONE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 REPORT_SECONDS = 0.2
 
 
 class Marks:
-    """Shared memory that outlives a worker: the plan rows in flight, and when it last got anything done."""
+    """Shared memory that outlives a worker: the plan rows in flight, when it last got anything done, and the wish to stop.
 
-    SLOTS = 4096
+    Without locks: a worker killed inside one would hold it for ever.
+    """
+
+    SLOTS = 1 << 14
 
     def __init__(self, context: Any) -> None:
         self._rows = context.RawArray("q", [-1] * self.SLOTS)
         self._beat = context.RawValue("d", time.monotonic())
+        self._stop = context.RawValue("b", 0)
         self._slot: dict[int, int] = {}
+        self._free = list(range(self.SLOTS))
 
     def add(self, row: int) -> None:
-        taken = set(self._slot.values())
-        slot = next(slot for slot in range(self.SLOTS) if slot not in taken)
-        self._slot[row] = slot
+        slot = self._slot[row] = self._free.pop()
         self._rows[slot] = row
 
     def remove(self, row: int) -> None:
-        self._rows[self._slot.pop(row)] = -1
+        slot = self._slot.pop(row)
+        self._rows[slot] = -1
+        self._free.append(slot)
+
+    def stop(self) -> None:
+        """Ask the worker to end after the batch in flight."""
+        self._stop.value = 1
+
+    @property
+    def stopping(self) -> bool:
+        return bool(self._stop.value)
 
     def beat(self) -> None:
         self._beat.value = time.monotonic()
@@ -70,6 +82,26 @@ class Marks:
         for slot in range(self.SLOTS):
             self._rows[slot] = -1
         self.beat()
+
+
+@dataclass(frozen=True, slots=True)
+class Order:
+    """What a worker is to do.
+
+    Attributes:
+        model: where the model file is now.
+        todo: the shards.
+        crashed: rows that have killed workers; they are written as such, not tried.
+        careful: one image in flight at a time.
+        threads: that decode; None is one per core.
+    """
+
+    run: Path
+    model: Path
+    todo: tuple[int, ...]
+    crashed: frozenset[int]
+    careful: bool
+    threads: int | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,12 +123,12 @@ class _Drained(Exception):
 def prepare(row: Mapping[str, Any], spec: ModelSpec, dtype: str) -> Prepared:
     """Read, decode and preprocess one image of the plan."""
     try:
-        pixels = decode(
-            sources.read(row["uri"], row["size"], row["mtime_ns"]), exif=spec.exif, color=spec.color
-        )
+        pixels = decode(sources.read(row["uri"], row["size"], row["mtime_ns"]), exif=spec.exif, color=spec.color)
+        shown, box = view(pixels, spec)
     except ImageRefused as err:
         return Prepared(None, status=err.status, error=err.reason)
-    shown, box = view(pixels, spec)
+    except MemoryError:
+        return Prepared(None, status="too_large", error="there is not enough memory to decode it")
     return Prepared(normalise(shown, spec, dtype), pixels.shape[1], pixels.shape[0], box)
 
 
@@ -181,9 +213,9 @@ class Collector:
         }
         if explanation is not None:
             values |= {
-                "score": explanation.score,
-                "pred": explanation.pred,
-                "pred_score": explanation.pred_score,
+                "score": _finite(explanation.score),
+                "pred": explanation.pred if explanation.pred >= 0 else None,
+                "pred_score": _finite(explanation.pred_score),
                 "status": explanation.status,
                 "error": explanation.error,
                 "extras": json.dumps(dict(explanation.extras)),
@@ -234,7 +266,7 @@ class Collector:
         try:
             store.write_part(self._run, shard, rows, self._schema, json.dumps(footer, sort_keys=True))
         except OSError as err:
-            raise IncompleteError(_write_refusal(self._run, err)) from err
+            raise IncompleteError(store.write_refusal(self._run, err)) from err
         self._conn.send(("committed", shard))
 
     def report(self) -> None:
@@ -245,51 +277,38 @@ class Collector:
         self._reported = time.monotonic()
 
 
-def _write_refusal(run: Path, err: OSError) -> str:
-    what = "no space is left" if err.errno in SPACE_GONE else f"can't be written ({err.strerror})"
-    return f"{run}: {what}; everything committed is kept, the same command resumes"
+def _finite(value: float) -> float | None:
+    return value if math.isfinite(value) else None
 
 
-def main(
-    run: str, todo: Sequence[int], crashed: Collection[int], careful: bool, workers: int | None, conn: Connection,
-    marks: Marks, stop: Any,
-) -> None:
-    """Do the shards `todo` of a run; every message to the supervisor goes through `conn`.
-
-    Args:
-        crashed: rows that have killed workers; they are written as such, not tried.
-        careful: one image in flight at a time.
-    """
-    for caught in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(caught, signal.SIG_IGN)
-    threading.Thread(target=_die_with_parent, daemon=True).start()
+def main(order: Order, conn: Connection, marks: Marks) -> None:
+    """Do an order; every message to the supervisor goes through `conn`."""
+    settle()
     try:
-        stages = _work(Path(run), todo, crashed, careful, workers, conn, marks, stop)
-        conn.send(("done", stages))
+        conn.send(_answer(order, conn, marks))
+    except BrokenPipeError:  # nobody is left to be told
+        os._exit(1)
+
+
+def _answer(order: Order, conn: Connection, marks: Marks) -> tuple[Any, ...]:
+    try:
+        return ("done", _work(order, conn, marks))
     except _Drained:
-        conn.send(("stopped",))
+        return ("stopped",)
     except HeatmillError as err:
-        conn.send(("refused", type(err).__name__, str(err)))
-    except MemoryError:
-        conn.send(("refused", "IncompleteError", f"{run}: out of memory; a smaller --batch-size needs less"))
+        return ("refused", type(err).__name__, str(err))
+    except BrokenPipeError:
+        raise
     except Exception as err:
-        conn.send(("failed", f"{type(err).__name__}: {err}", traceback.format_exc()))
+        if ran_out_of_memory(err):
+            return ("refused", "IncompleteError", f"{order.run}: out of memory; a smaller --batch-size needs less")
+        return ("failed", f"{type(err).__name__}: {err}", traceback.format_exc())
 
 
-def _die_with_parent() -> None:
-    parent = os.getppid()
-    while os.getppid() == parent:
-        time.sleep(0.5)
-    os._exit(1)
-
-
-def _work(
-    run: Path, todo: Sequence[int], crashed: Collection[int], careful: bool, workers: int | None, conn: Connection,
-    marks: Marks, stop: Any,
-) -> dict[str, float]:
+def _work(order: Order, conn: Connection, marks: Marks) -> dict[str, float]:
     start = time.perf_counter()
-    plan = plans.reopen(run)
-    loaded = plans.load_for(plan)
+    plan = plans.reopen(order.run)
+    loaded = plans.load_for(plan, order.model)
     settings = plan.settings
     session = open_best(
         loaded, settings["backend"], settings["provider"], settings["precision"], settings["batch_size"]
@@ -297,20 +316,18 @@ def _work(
 
     def on_batch(rows: int) -> None:
         marks.beat()
-        if stop.is_set():
+        if marks.stopping:
             raise _Drained
 
     engine = Engine(loaded, session, plan.targets, settings["batch_size"], settings["seed"], on_batch)
-    collector = Collector(run, plan, loaded, conn, marks)
+    collector = Collector(order.run, plan, loaded, conn, marks)
     marks.beat()
-    conn.send(("ready", time.perf_counter() - start))
-    threads = workers or usable_cores()
+    conn.send(("ready", time.perf_counter() - start, session.version))
+    threads = order.threads or usable_cores()
     with ThreadPoolExecutor(threads) as pool:
-        window = 1 if careful else 2 * threads + 2
-        rows = [row for shard in todo for row in plan.rows(shard)]
-        items = _items(pool, rows, window, crashed, plan, loaded, collector, marks, stop)
+        items = _items(pool, 1 if order.careful else 2 * threads + 2, order, plan, loaded, collector, marks)
         try:
-            if careful:
+            if order.careful:
                 for item in items:
                     for explanation in engine.stream([item]):
                         collector.add(explanation)
@@ -325,25 +342,23 @@ def _work(
 
 def _items(
     pool: ThreadPoolExecutor,
-    rows: Sequence[int],
     window: int,
-    crashed: Collection[int],
+    order: Order,
     plan: plans.Plan,
     loaded: Loaded,
     collector: Collector,
     marks: Marks,
-    stop: Any,
 ) -> Iterator[Item]:
-    """The images of the plan rows in order, decoded ahead by threads; bad ones go to the collector at once."""
+    """The images of the shards in order, decoded ahead by threads; bad ones go to the collector at once."""
     coming: deque[tuple[int, dict[str, Any], Future[Prepared]]] = deque()
-    waiting = iter(rows)
+    waiting = (row for shard in order.todo for row in plan.rows(shard))
     while True:
         while len(coming) < window:
             row = next(waiting, None)
             if row is None:
                 break
             marks.add(row)
-            if row in crashed:
+            if row in order.crashed:
                 collector.refuse(row, Prepared(None, status="worker_crash", error="the image killed the worker twice"))
                 continue
             image = plan.images.slice(row, 1).to_pylist()[0]
@@ -352,7 +367,7 @@ def _items(
             return
         row, image, future = coming.popleft()
         prepared = future.result()
-        if stop.is_set():
+        if marks.stopping:
             raise _Drained
         if prepared.image is None:
             collector.refuse(row, prepared)

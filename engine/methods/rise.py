@@ -27,27 +27,26 @@ from ..types import (
 
 
 def share(facts: Facts, parameters: Parameters, seed: int) -> GridBank:
-    """The masks: row r is drawn from the counters after row r - 1's, so fewer masks are a prefix of more."""
+    """The masks, equal ones once. Row r has the counters after row r - 1's: fewer masks are a prefix of more."""
     masks, s, p = int(parameters["masks"]), int(parameters["cells"]), float(parameters["p"])
     draws = np.random.Generator(np.random.Philox(key=[seed, crc32(b"rise")])).random((masks, s * s + 2))
-    bits = (draws[:, : s * s] < p).astype(np.uint8).reshape(masks, s, s)
+    bits = (draws[:, : s * s] < p).astype(np.uint8)
     cells = np.array([math.ceil(side / s) for side in facts.size])
-    return GridBank(bits, np.minimum(draws[:, s * s :] * cells, cells - 1).astype(np.int64))
+    offsets = np.minimum(draws[:, s * s :] * cells, cells - 1).astype(np.int64)
+    offsets[bits.min(axis=1) == bits.max(axis=1)] = 0  # a uniform grid is the same mask at every offset
+    _, first, counts = np.unique(np.hstack([bits, offsets]), axis=0, return_index=True, return_counts=True)
+    order = np.argsort(first)
+    first = first[order]
+    return GridBank(bits[first].reshape(-1, s, s), offsets[first], counts[order])
 
 
 def expand(facts: Facts, observation: Observation, parameters: Parameters, shared: Bank | None) -> Expansion:
-    """The shared masks, equal ones once; `carry` is how often each was drawn."""
+    """The shared masks."""
     if not isinstance(shared, GridBank):
         raise ValueError("rise needs its shared masks")
-    flat = shared.bits.reshape(len(shared), -1)
-    uniform = flat.min(axis=1) == flat.max(axis=1)
-    offsets = np.where(uniform[:, None], 0, shared.offsets)
-    _, first, count = np.unique(np.hstack([flat, offsets]), axis=0, return_index=True, return_counts=True)
-    order = np.argsort(first)
-    first, count = first[order], count[order]
-    bank = GridBank(shared.bits[first], offsets[first])
-    extras = {"passes": len(bank), "masks": len(shared), "duplicate": len(shared) - len(bank)}
-    return Expansion(bank, str(parameters["baseline"]), carry=count, extras=extras)
+    masks = int(parameters["masks"])
+    extras = {"passes": len(shared), "masks": masks, "duplicate": masks - len(shared)}
+    return Expansion(shared, str(parameters["baseline"]), extras=extras)
 
 
 def combine(
@@ -62,7 +61,7 @@ def combine(
     bank = expansion.bank
     if not isinstance(bank, GridBank):
         raise ValueError("rise combines grid masks")
-    weights = scores * expansion.carry / (float(parameters["masks"]) * float(parameters["p"]))
+    weights = scores * bank.counts / (float(parameters["masks"]) * float(parameters["p"]))
     maps = host.accumulate_grid(bank.bits, bank.offsets, weights, facts.size)
     return Combined(maps, tuple({} for _ in targets))
 
