@@ -65,7 +65,9 @@ def model_options(command: Command) -> Command:
     """Flags that say what the model file does not."""
     for option in reversed(
         [
-            click.option("--layer", metavar="NAME", help="Value or node to read feature maps from [default: automatic]."),
+            click.option(
+                "--layer", metavar="NAME", help="Value or node to read feature maps from [default: automatic]."
+            ),
             click.option("--preprocess", metavar="NAME|FILE", help="Preset (imagenet, raw) or JSON spec of the model."),
             click.option("--labels", type=click.Path(path_type=Path), help="Class names: text or JSON file."),
             click.option("--output", metavar="KIND", help="What the scores are: logits, probabilities or sigmoid."),
@@ -137,23 +139,50 @@ def main() -> None:
 @click.argument("model", type=click.Path(path_type=Path), required=False)
 @click.argument("inputs", nargs=-1, type=click.Path(path_type=Path))
 @click.option("-o", "--out", type=click.Path(path_type=Path), help="Folder of the run; an existing run is resumed.")
-@click.option("-m", "--method", "methods", multiple=True, default=["score-cam"], show_default=True,
-              metavar="NAME[:key=value,...]", help="Repeatable; heatmill methods lists them.")
-@click.option("-t", "--target", "targets", multiple=True, default=["predicted"], show_default=True,
-              metavar="TARGET", help="predicted, topN, label, a class number or name; repeatable.")
+@click.option(
+    "-m",
+    "--method",
+    "methods",
+    multiple=True,
+    default=["score-cam"],
+    show_default=True,
+    metavar="NAME[:key=value,...]",
+    help="Repeatable; heatmill methods lists them.",
+)
+@click.option(
+    "-t",
+    "--target",
+    "targets",
+    multiple=True,
+    default=["predicted"],
+    show_default=True,
+    metavar="TARGET",
+    help="predicted, topN, label, a class number or name; repeatable.",
+)
 @model_options
 @session_options
 @click.option("--seed", default=0, show_default=True, type=click.IntRange(0, 2**63 - 1), help="Of random masks.")
 @click.option("--limit", type=click.IntRange(1), help="Explain only the first N images.")
 @click.option("--workers", type=click.IntRange(1, 256), help="Threads that decode images [default: the cores].")
-@click.option("--max-bad", default=0.01, show_default=True, type=click.FloatRange(0, 1),
-              help="Share of bad images above which the exit code is 3.")
+@click.option(
+    "--max-bad",
+    default=0.01,
+    show_default=True,
+    type=click.FloatRange(0, 1),
+    help="Share of bad images above which the exit code is 3.",
+)
 @click.option("--overwrite", is_flag=True, help="Remove an existing run in the folder first.")
 @click.option("--save-overlays", is_flag=True, help="Write a PNG per map to OUT/report/overlays.")
 @click.option("--quiet", is_flag=True, help="No progress.")
 @click.option("--log-format", type=click.Choice(["auto", "json"]), default="auto", help="Of progress on stderr.")
-@click.option("--config", type=click.Path(path_type=Path, dir_okay=False), is_eager=True, callback=_read_config,
-              expose_value=False, help="TOML file in which every flag can stand.")
+@click.option(
+    "--config",
+    type=click.Path(path_type=Path, dir_okay=False),
+    is_eager=True,
+    callback=_read_config,
+    expose_value=False,
+    help="TOML file in which every flag can stand.",
+)
 @click.option("--generate-config", is_flag=True, help="Print the given flags as TOML, and do nothing.")
 @common_options
 def explain(**options: Any) -> int:
@@ -175,8 +204,23 @@ def explain(**options: Any) -> int:
 
     fields = {
         name: options[name]
-        for name in ("model", "out", "layer", "backend", "provider", "precision", "seed", "limit", "workers",
-                     "preprocess", "labels", "output", "scores", "max_bad", "overwrite")
+        for name in (
+            "model",
+            "out",
+            "layer",
+            "backend",
+            "provider",
+            "precision",
+            "seed",
+            "limit",
+            "workers",
+            "preprocess",
+            "labels",
+            "output",
+            "scores",
+            "max_bad",
+            "overwrite",
+        )
     }
     job = Job(
         **fields,
@@ -194,7 +238,9 @@ def explain(**options: Any) -> int:
 
         overlays = write_overlays(open_run(summary.run))
     if options["as_json"]:
-        fields = {name: getattr(summary, name) for name in ("run", "images", "rows", "statuses", "bad", "seconds", "stages")}
+        fields = {
+            name: getattr(summary, name) for name in ("run", "images", "rows", "statuses", "bad", "seconds", "stages")
+        }
         click.echo(json.dumps({**fields, "overlays": overlays}))
     else:
         ok = summary.statuses.get("ok", 0)
@@ -216,7 +262,11 @@ def _as_toml(options: dict[str, Any]) -> str:
         if name in ("generate_config", "debug") or value is None:
             continue
         key = {"as_json": "json"}.get(name, name.replace("_", "-"))
-        plain = [str(part) if isinstance(part, Path) else part for part in value] if isinstance(value, tuple | list) else value
+        plain = (
+            [str(part) if isinstance(part, Path) else part for part in value]
+            if isinstance(value, tuple | list)
+            else value
+        )
         lines.append(f"{key} = {json.dumps(str(plain) if isinstance(plain, Path) else plain, ensure_ascii=False)}")
     return "\n".join(lines) + "\n"
 
@@ -249,17 +299,25 @@ def methods(as_json: bool, debug: bool) -> None:
     from .engine.methods import METHODS
 
     if as_json:
-        click.echo(json.dumps({
-            method.name: {
-                "summary": method.summary,
-                "citation": method.citation,
-                "parameters": {
-                    key: {"default": parameter.default, "doc": parameter.doc, "choices": list(parameter.choices)}
-                    for key, parameter in method.parameters.items()
-                },
-            }
-            for method in METHODS.values()
-        }))
+        click.echo(
+            json.dumps(
+                {
+                    method.name: {
+                        "summary": method.summary,
+                        "citation": method.citation,
+                        "parameters": {
+                            key: {
+                                "default": parameter.default,
+                                "doc": parameter.doc,
+                                "choices": list(parameter.choices),
+                            }
+                            for key, parameter in method.parameters.items()
+                        },
+                    }
+                    for method in METHODS.values()
+                }
+            )
+        )
         return
     for method in METHODS.values():
         click.echo(f"{method.name}: {method.summary}\n    {method.citation}")
@@ -297,7 +355,9 @@ def verify(run: Path, as_json: bool, debug: bool) -> int:
     counts = check(run)
     complete = counts["committed"] == counts["shards"]
     text = f"{run}: {counts['committed']} of {counts['shards']} shards, {counts['rows']} rows, {counts['ok']} maps"
-    click.echo(json.dumps({"run": str(run), **counts}) if as_json else f"{text}: {'sound' if complete else 'incomplete'}")
+    click.echo(
+        json.dumps({"run": str(run), **counts}) if as_json else f"{text}: {'sound' if complete else 'incomplete'}"
+    )
     return 0 if complete else 4
 
 

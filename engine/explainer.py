@@ -32,7 +32,6 @@ from .types import (
 
 Array = npt.NDArray[Any]
 
-FLAT = 1e-6  # a map whose range is below this share of its size holds rounding only
 BLUR = (51, 50.0)  # kernel size and sigma of the blurred baseline (Group-CAM's, METHODS section 2)
 
 
@@ -260,9 +259,8 @@ class Engine:
                     yield self._nonfinite(key, call, target, source, float(posterior[k]), pred, float(posterior[-1]))
                     continue
                 extras = {**expansion.extras, **combined.extras[k]}
-                if np.ptp(raw_map) <= FLAT * np.abs(raw_map).max():
+                if finish.flat(raw_map[None])[0]:
                     extras["reason"] = "flat: every position weighs the same"
-                    raw_map = np.full_like(raw_map, raw_map.mean())
                 yield Explanation(
                     key,
                     call,

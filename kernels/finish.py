@@ -15,10 +15,18 @@ Array = npt.NDArray[Any]
 FINISHES = ("upsample", "relu", "minmax")
 
 
+FLAT = 1e-6  # a map whose range is below this share of its size holds rounding only
+
+
+def flat(maps: Array) -> Array:
+    """Which of (n, h, w) weigh every position the same, as (n,) bool."""
+    return np.asarray(np.ptp(maps, axis=(1, 2)) <= FLAT * np.abs(maps).max(axis=(1, 2)))
+
+
 def minmax(maps: Array) -> Array:
-    """Each of (n, h, w) scaled to 0..1; a constant map becomes zero."""
+    """Each of (n, h, w) scaled to 0..1; a flat map becomes zero."""
     low, high = maps.min(axis=(1, 2), keepdims=True), maps.max(axis=(1, 2), keepdims=True)
-    return np.asarray((maps - low) / np.where(high > low, high - low, 1))
+    return np.asarray((maps - low) / np.where(flat(maps)[:, None, None], np.inf, high - low))
 
 
 def finish(maps: Array, steps: Sequence[str], size: tuple[int, int]) -> Array:

@@ -8,9 +8,10 @@ import multiprocessing
 import os
 import signal
 import socket
+import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from multiprocessing.connection import wait
@@ -22,17 +23,18 @@ import pyarrow.parquet as pq
 
 from ... import BackendError, HeatmillError, IncompleteError, InputError, ModelError, RunError
 from ..opening import Loaded
-from ..types import Target
+from ..types import Target, class_index
 from . import plan as plans
 from . import store, worker
-from .probe import DEADLINE, Probe, describe_exit, probe
+from .child import SIGNALS, describe_exit, shielded
+from .probe import DEADLINE, Probe, probe
 from .progress import Progress
 from .sources import Source
 
 DEATH_BUDGET = 20
 KILLS_TO_BLAME = 2
 STALL_SECONDS = 600.0
-EXIT_COMPLETE, EXIT_BAD, EXIT_INCOMPLETE, EXIT_INTERRUPTED = 0, 3, 4, 130
+EXIT_COMPLETE, EXIT_BAD = 0, 3
 
 
 @dataclass(slots=True)
@@ -49,11 +51,33 @@ class Summary:
     computed: int
     deaths: int
     stages: dict[str, float] = field(default_factory=dict)
-    extras: dict[str, Any] = field(default_factory=dict)
 
 
 class Failed(Exception):
-    """A bug of ours in the worker; the argument is its traceback."""
+    """A bug of ours in the worker; its traceback is a note."""
+
+
+class Signals:
+    """SIGINT, SIGTERM and SIGUSR1: the first is noted while a worker is `busy`; it, or else the second, stops at once."""
+
+    def __init__(self) -> None:
+        self.number: int | None = None
+        self.busy = False
+        self._before: dict[int, Any] = {}
+
+    def __enter__(self) -> Signals:
+        if threading.current_thread() is threading.main_thread():  # elsewhere the host program owns the signals
+            self._before = {number: signal.signal(number, self._caught) for number in SIGNALS}
+        return self
+
+    def __exit__(self, *failure: object) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def _caught(self, number: int, frame: FrameType | None) -> None:
+        first, self.number = self.number is None, self.number or number
+        if not (first and self.busy):
+            raise KeyboardInterrupt
 
 
 def explain(job: plans.Job, style: str = "auto", deadline: float | None = None) -> Summary:
@@ -66,24 +90,35 @@ def explain(job: plans.Job, style: str = "auto", deadline: float | None = None) 
         HeatmillError: refused, or incomplete and resumable; `exit_code` says which.
         KeyboardInterrupt: interrupted by the user, after the batch in flight.
     """
+    with Signals() as signals:
+        try:
+            return _explain(job, style, deadline, signals)
+        except KeyboardInterrupt:
+            if signals.number in (None, signal.SIGINT):
+                raise KeyboardInterrupt(f"{job.out}: interrupted; the same command resumes") from None
+            name = signal.Signals(signals.number).name
+            raise IncompleteError(f"{job.out}: stopped by {name}; the same command resumes") from None
+
+
+def _explain(job: plans.Job, style: str, deadline: float | None, signals: Signals) -> Summary:
     began = time.monotonic()
     exists = plans.check_folder(job.out, job.overwrite)
     loaded, source, targets = plans.open_job(job)
     if exists:
         plan = plans.reopen(job.out)
         plans.check_same(job.out, plan, plans.identity(job, loaded, targets))
-        _warn_of_changes(source.table["id"].to_pylist(), plan, style)
+        _note_changes(source, plan, style)
     else:
         plan = plans.freeze(job, loaded, source, targets, _probe(job, loaded, source, targets, deadline))
     del loaded, source
     with _lock(job.out):
         if not exists:
-            _commit_plan(job.out, plan)
+            _begin(job, plan)
         done = store.committed(job.out)
         todo = [shard for shard in plan.shards if shard not in done]
         with Progress(plan.images.num_rows, style) as progress:
-            progress.start(sum(len(plan.rows(shard)) for shard in done))
-            supervisor = Supervisor(job.out, plan, job.workers, progress)
+            progress.start(sum(len(plan.rows(shard)) for shard in plan.shards if shard in done))
+            supervisor = Supervisor(job, plan, progress, signals)
             supervisor.run(todo)
         return _summarise(job, plan, len(todo), supervisor, time.monotonic() - began)
 
@@ -92,8 +127,13 @@ def _probe(
     job: plans.Job, loaded: Loaded, source: Source, targets: tuple[Target, ...], deadline: float | None
 ) -> Probe:
     arguments = {
-        "model": str(job.model), "methods": list(job.methods), "layer": job.layer, "preprocess": job.preprocess,
-        "labels": str(job.labels) if job.labels else None, "output": job.output, "scores": job.scores,
+        "model": str(job.model),
+        "methods": list(job.methods),
+        "layer": job.layer,
+        "preprocess": job.preprocess,
+        "labels": str(job.labels) if job.labels else None,
+        "output": job.output,
+        "scores": job.scores,
     }
     passes = sum(call.method.passes(loaded.facts, call.parameters) for call in loaded.calls)
     probed = probe(
@@ -105,24 +145,55 @@ def _probe(
         rows=(1 + passes) * source.table.num_rows,
         deadline=deadline or DEADLINE,
     )
-    for target in targets:
-        if target.kind == "class" and target.value >= probed.classes:
-            raise InputError(f"class {target.value} is out of range: the model has classes 0 to {probed.classes - 1}")
+    _check_classes(source, targets, loaded.spec.label_names, probed.classes)
     return probed
 
 
-def _commit_plan(run: Path, plan: plans.Plan) -> None:
+def _check_classes(source: Source, targets: tuple[Target, ...], names: tuple[str, ...], classes: int) -> None:
+    """Refuse targets that only the run model shows to be out of range, where its file leaves the classes open."""
+    for target in targets:
+        if target.kind == "class":
+            class_index(target.text, classes, names)
+        elif target.kind == "top" and target.value > classes:
+            raise InputError(f"target {target.text!r}: the model has {classes} classes")
+        elif target.kind == "label":
+            for identity, label in zip(*(source.table[name].to_pylist() for name in ("id", "target")), strict=True):
+                if label >= classes:
+                    raise InputError(f"label of {identity!r}: class {label}; the model has classes 0 to {classes - 1}")
+
+
+def _begin(job: plans.Job, plan: plans.Plan) -> None:
+    """Write the plan of a new run; nobody else is at it."""
+    if (job.out / "run.json").exists():
+        if not job.overwrite:
+            raise InputError(f"{job.out}: another heatmill has just made a run there; the same command resumes it")
+        plans.clear(job.out)
     try:
-        plans.create(run, plan)
+        plans.create(job.out, plan)
     except OSError as err:
-        raise IncompleteError(f"{run}: the plan can't be written ({err.strerror}); nothing was started") from err
+        raise IncompleteError(f"{job.out}: the plan can't be written ({err.strerror}); nothing was started") from err
 
 
-def _warn_of_changes(listed: list[str], plan: plans.Plan, style: str) -> None:
-    now, then = set(listed), set(plan.images["id"].to_pylist())
-    if now != then:
-        told = f"{len(now - then)} new images and lacks {len(then - now)}"
-        Progress(0, style).note(f"note: the input now lists {told}; this run keeps its own plan")
+def _note_changes(source: Source, plan: plans.Plan, style: str) -> None:
+    """Tell what differs from when the run began and does not change it."""
+    now, then = (
+        dict(zip(*(t[name].to_pylist() for name in ("id", "label")), strict=True)) for t in (source.table, plan.images)
+    )
+    counts = {
+        "new images": len(now.keys() - then.keys()),
+        "images fewer": len(then.keys() - now.keys()),
+        "other labels": sum(now[key] != label for key, label in then.items() if key in now),
+    }
+    told = ", ".join(f"{count} {what}" for what, count in counts.items() if count)
+    notes = [f"the input now has {told}; this run keeps its own plan"] if told else []
+    here = plans.versions()
+    notes += [
+        f"the run began with {name} {began}, {here[name]} goes on"
+        for name, began in plan.settings.get("versions", {}).items()
+        if here.get(name, began) != began
+    ]
+    for note in notes:
+        Progress(0, style).note(f"note: {note}")
 
 
 @contextmanager
@@ -131,12 +202,14 @@ def _lock(run: Path) -> Iterator[None]:
 
     Raises:
         InputError: another process holds it, or the folder can't be written.
+        IncompleteError: no space is left.
     """
     try:
-        run.mkdir(parents=True, exist_ok=True)
-        (run / "_tmp").mkdir(exist_ok=True)
+        (run / "_tmp").mkdir(parents=True, exist_ok=True)
         handle = (run / "_tmp" / "lock").open("w")
     except OSError as err:
+        if err.errno in store.SPACE_GONE:
+            raise IncompleteError(store.write_refusal(run, err)) from None
         raise InputError(f"{run}: can't be written ({err.strerror}); give another folder with -o") from None
     with handle:
         try:
@@ -152,45 +225,44 @@ def _lock(run: Path) -> Iterator[None]:
 class Supervisor:
     """Keeps one worker at a run's shards, replaces it when it dies, and finds the image that kills it."""
 
-    def __init__(self, run: Path, plan: plans.Plan, workers: int | None, progress: Progress) -> None:
-        self.run_path, self.plan, self.workers, self.progress = run, plan, workers, progress
+    def __init__(self, job: plans.Job, plan: plans.Plan, progress: Progress, signals: Signals) -> None:
+        self.job, self.plan, self.progress = job, plan, progress
         self.stages: Counter[str] = Counter()
         self.deaths = 0
-        self._kills: Counter[int] = Counter()
+        self._signals = signals
+        self._kills: Counter[int] = Counter(dict.fromkeys(self._blamed(), KILLS_TO_BLAME))
         self._context = multiprocessing.get_context("spawn")
         self._marks = worker.Marks(self._context)
-        self._stop = self._context.Event()
-        self._signal: int | None = None
 
     def run(self, todo: list[int]) -> None:
         """Do the shards.
 
         Raises:
-            IncompleteError: stopped by SIGTERM, no space, or too many deaths.
-            KeyboardInterrupt: stopped by SIGINT.
+            IncompleteError: no space, or too many deaths.
+            KeyboardInterrupt: stopped by a signal.
         """
         left = list(todo)
-        with self._signals():
-            careful: list[int] = []
-            while left:
-                shards = [shard for shard in careful if shard in left] or left
-                suspects = self._attempt(shards, bool(careful), left)
-                careful = sorted({row // self.plan.shard_rows for row in suspects})
-                if self._signal is not None and left:
-                    break
-        if self._signal == signal.SIGINT:
+        careful: list[int] = []
+        self._signals.busy = True
+        while left and self._signals.number is None:
+            shards = [shard for shard in careful if shard in left] or left
+            suspects = self._attempt(shards, bool(careful), left)
+            careful = sorted({row // self.plan.shard_rows for row in suspects})
+            done = store.committed(self.job.out)  # a worker may die between a commit and its message
+            left = [shard for shard in left if shard not in done]
+        self._signals.busy = False
+        if left:
             raise KeyboardInterrupt
-        if self._signal is not None and left:
-            raise IncompleteError(f"{self.run_path}: stopped by a signal; the same command resumes")
 
     def _attempt(self, shards: list[int], careful: bool, left: list[int]) -> list[int]:
         """One worker's life; what it commits leaves `left`. Returns the suspects of its death, empty if it ended well."""
         ours, theirs = self._context.Pipe(duplex=False)
         self._marks.clear()
-        crashed = [row for row, kills in self._kills.items() if kills >= KILLS_TO_BLAME]
-        arguments = (str(self.run_path), shards, crashed, careful, self.workers, theirs, self._marks, self._stop)
-        process = self._context.Process(target=worker.main, args=arguments)
-        process.start()
+        crashed = frozenset(row for row, kills in self._kills.items() if kills >= KILLS_TO_BLAME)
+        order = worker.Order(self.job.out, self.job.model, tuple(shards), crashed, careful, self.job.workers)
+        process = self._context.Process(target=worker.main, args=(order, theirs, self._marks))
+        with shielded():
+            process.start()
         theirs.close()
         try:
             while True:
@@ -198,17 +270,20 @@ class Supervisor:
                 while ours.poll():
                     try:
                         message = ours.recv()
-                    except EOFError:
+                    except (EOFError, OSError):  # OSError: killed in the middle of a message
                         return self._died(process, careful)
                     if self._handle(message, left):
-                        process.join()
+                        process.join(10)
                         return []
                 if not process.is_alive() and not ours.poll():
                     return self._died(process, careful)
                 if self._marks.idle_seconds > STALL_SECONDS:
+                    self.progress.note(f"the worker got nothing done for {STALL_SECONDS:g} s; ending it")
+                    self._event("stall")
                     process.kill()
-                if self._signal is not None:
-                    self._stop.set()
+                    process.join()
+                if self._signals.number is not None:
+                    self._marks.stop()
         finally:
             if process.is_alive():
                 process.kill()
@@ -225,6 +300,10 @@ class Supervisor:
             self.progress.advance(*message[1:])
         elif kind == "ready":
             self._event("ready", seconds=round(message[1], 3))
+            began = self.plan.settings["versions"]["backend"]
+            if message[2] != began:
+                name = self.plan.settings["backend"]
+                self.progress.note(f"note: the run began with {name} {began}, {message[2]} goes on")
         elif kind == "done":
             self.stages.update(message[1])
             self._event("done", **{name: round(value, 4) for name, value in message[1].items()})
@@ -232,10 +311,14 @@ class Supervisor:
         elif kind == "stopped":
             return True
         elif kind == "refused":
-            known = {error.__name__: error for error in (BackendError, IncompleteError, InputError, ModelError, RunError)}
+            known = {
+                error.__name__: error for error in (BackendError, IncompleteError, InputError, ModelError, RunError)
+            }
             raise known.get(message[1], HeatmillError)(message[2])
         else:
-            raise Failed(f"{message[1]}\n{message[2]}")
+            failure = Failed(message[1])
+            failure.add_note(message[2])
+            raise failure
         return False
 
     def _died(self, process: Any, careful: bool) -> list[int]:
@@ -243,21 +326,36 @@ class Supervisor:
         suspects = self._marks.rows()
         self.deaths += 1
         self._event("death", exit=describe_exit(process.exitcode), rows=suspects)
-        if self._signal is not None:
+        if self._signals.number is not None:
             return []
         if careful:
             self._kills.update(suspects)
+            for row in suspects:
+                self._event("kill", row=row, kills=self._kills[row])
         if self.deaths >= DEATH_BUDGET or (not suspects and self.deaths >= 3):
             raise IncompleteError(
-                f"{self.run_path}: the worker died {self.deaths} times, last {describe_exit(process.exitcode)}; "
+                f"{self.job.out}: the worker died {self.deaths} times, last {describe_exit(process.exitcode)}; "
                 "the same command resumes (a smaller --batch-size needs less memory)"
             )
         told = f"row {suspects[0]}" if len(suspects) == 1 else f"{len(suspects)} images in flight"
         self.progress.note(f"the worker died ({describe_exit(process.exitcode)}, {told}); starting another")
         return suspects
 
+    def _blamed(self) -> set[int]:
+        """Rows that an earlier call has found to kill: without them, a run with many would never end."""
+        blamed: set[int] = set()
+        for path in (self.job.out / "events").glob("*.jsonl"):
+            for line in path.read_text(errors="replace").splitlines():
+                try:
+                    event = json.loads(line)
+                    if event["event"] == "kill" and event["kills"] >= KILLS_TO_BLAME:
+                        blamed.add(int(event["row"]))
+                except (ValueError, LookupError, TypeError):  # a line cut short by a kill
+                    continue
+        return blamed
+
     def _event(self, kind: str, **values: Any) -> None:
-        path = self.run_path / "events" / f"{socket.gethostname()}-{os.getpid()}.jsonl"
+        path = self.job.out / "events" / f"{socket.gethostname()}-{os.getpid()}.jsonl"
         line = json.dumps({"time": round(time.time(), 3), "event": kind, **values})
         try:
             path.parent.mkdir(exist_ok=True)
@@ -266,28 +364,6 @@ class Supervisor:
         except OSError:  # events are never needed; a full disk shows where it matters, at the next commit
             pass
 
-    @contextmanager
-    def _signals(self) -> Iterator[None]:
-        """The first signal lets the batch in flight finish; the second stops at once."""
-
-        def caught(number: int, frame: FrameType | None) -> None:
-            if self._signal is not None:
-                raise KeyboardInterrupt
-            self._signal = number
-
-        handlers: dict[int, Any] = {}
-        handled: list[Callable[..., Any]] = []
-        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
-            try:
-                handlers[number] = signal.signal(number, caught)
-            except ValueError:  # not the main thread: the host program owns the signals
-                handled.append(caught)
-        try:
-            yield
-        finally:
-            for number, handler in handlers.items():
-                signal.signal(number, handler)
-
 
 def _summarise(job: plans.Job, plan: plans.Plan, computed: int, supervisor: Supervisor, seconds: float) -> Summary:
     statuses: Counter[str] = Counter()
@@ -295,7 +371,8 @@ def _summarise(job: plans.Job, plan: plans.Plan, computed: int, supervisor: Supe
     bad_images: set[int] = set()
     for shard in plan.shards:
         part = job.out / store.part_name(shard)
-        table = pq.read_table(part, columns=["row", "status", "extras"])
+        with store.naming(part):
+            table = pq.read_table(part, columns=["row", "status", "extras"], page_checksum_verification=True)
         rows += table.num_rows
         for row, status, extras in zip(*(column.to_pylist() for column in table.columns), strict=True):
             statuses[status] += 1
@@ -315,6 +392,11 @@ def _summarise(job: plans.Job, plan: plans.Plan, computed: int, supervisor: Supe
         deaths=supervisor.deaths,
         stages={name: round(value, 4) for name, value in supervisor.stages.items()},
     )
-    body = {name: getattr(summary, name) for name in ("images", "rows", "statuses", "bad", "seconds", "deaths", "stages")}
-    store.commit(job.out, "summary.json", (json.dumps({**body, "passes": passes}, indent=1) + "\n").encode())
+    body = {
+        name: getattr(summary, name) for name in ("images", "rows", "statuses", "bad", "seconds", "deaths", "stages")
+    }
+    try:
+        store.commit(job.out, "summary.json", (json.dumps({**body, "passes": passes}, indent=1) + "\n").encode())
+    except OSError as err:
+        raise IncompleteError(store.write_refusal(job.out, err)) from err
     return summary

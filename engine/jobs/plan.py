@@ -209,7 +209,9 @@ def check_folder(out: Path, overwrite: bool) -> bool:
         if not exists and (out / "data").is_dir():
             foreign += [f"data/{path.name}" for path in (out / "data").iterdir()]
         if foreign and exists:
-            raise InputError(f"{out}: holds {min(foreign)!r} besides the run; move it away, --overwrite would remove it")
+            raise InputError(
+                f"{out}: holds {min(foreign)!r} besides the run; move it away, --overwrite would remove it"
+            )
         if foreign:
             raise InputError(f"{out}: holds {min(foreign)!r} and is not a run; give a new or empty folder with -o")
     nearest = next(parent for parent in [out, *out.absolute().parents] if parent.exists())
@@ -270,7 +272,9 @@ def load_for(plan: Plan, path: Path) -> Loaded:
     settings = plan.settings
     model = open_model(path, scores=settings["model"]["scores"])
     if model.sha256 != settings["model"]["sha256"]:
-        raise RunError(f"{model.path}: the file has changed since the run began; put it back, or start with --overwrite")
+        raise RunError(
+            f"{model.path}: the file has changed since the run began; put it back, or start with --overwrite"
+        )
     spec = ModelSpec.from_json(settings["spec"], "run.json")
     calls = [parse_method(method["call"]) for method in settings["methods"]]
     return load_opened(model, spec, settings["spec_source"], read_graph(model, spec), calls, settings["layer"])

@@ -255,9 +255,7 @@ class Run:
         """The committed parts, in plan order."""
         return [self.path / part_name(shard) for shard in sorted(committed(self.path))]
 
-    def rows(
-        self, method: str | None = None, target: int | None = None, status: str | None = None
-    ) -> Iterator[Row]:
+    def rows(self, method: str | None = None, target: int | None = None, status: str | None = None) -> Iterator[Row]:
         """The stored rows in plan order, filtered; one row group is in memory at a time.
 
         Raises:
@@ -412,12 +410,16 @@ def verify(path: str | Path) -> dict[str, int]:
         for values, raw in run._values(part):
             found.append((values["row"], values["id"], values["method"]))
             if values["status"] not in STATUSES:
-                raise RunError(f"{part}: row {values['id']!r} has the unknown status {values['status']!r}; delete it and resume")
+                raise RunError(
+                    f"{part}: row {values['id']!r} has the unknown status {values['status']!r}; delete it and resume"
+                )
             if values["status"] == "ok" and (raw is None or not np.isfinite(raw).all()):
                 raise RunError(f"{part}: row {values['id']!r} is ok and has no finite map; delete it and resume")
             counts["ok"] += values["status"] == "ok"
         if found != expected:
-            raise RunError(f"{part}: its {len(found)} rows are not the plan's {len(expected)} in order; delete it and resume")
+            raise RunError(
+                f"{part}: its {len(found)} rows are not the plan's {len(expected)} in order; delete it and resume"
+            )
         counts["committed"] += 1
         counts["rows"] += len(found)
     return counts
