@@ -6,6 +6,7 @@ if __name__ == "__main__" and not __package__:  # `python cli.py` means `python 
     runpy.run_module("heatmill.cli", run_name="__main__", alter_sys=True)
     raise SystemExit
 
+import difflib
 import errno
 import json
 import sys
@@ -13,51 +14,58 @@ import tomllib
 import traceback
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import click
 
 from . import HeatmillError, InputError, __version__
 
-INTERRUPTED = 130
 Command = Callable[..., Any]
+
+
+class Interrupted(HeatmillError):
+    exit_code = 130
 
 
 class Program(click.Group):
     """Turns every refusal into one line on stderr and the exit code of the contract."""
 
-    def main(self, *args: Any, **kwargs: Any) -> Any:
-        debug = "--debug" in (kwargs.get("args") or sys.argv[1:])
+    def invoke(self, ctx: click.Context) -> Any:
+        try:
+            return super().invoke(ctx)
+        except KeyboardInterrupt as err:  # click would print a line of its own
+            raise Interrupted(str(err) or "interrupted") from err
+
+    def main(self, args: Any = None, *others: Any, **kwargs: Any) -> Any:
         try:
             kwargs["standalone_mode"] = False
-            result = super().main(*args, **kwargs)
+            result = super().main(args, *others, **kwargs)
             raise SystemExit(result if isinstance(result, int) else 0)
-        except click.exceptions.Abort:
-            _fail("interrupted", INTERRUPTED)
-        except KeyboardInterrupt:
-            _fail("interrupted; the same command resumes", INTERRUPTED)
+        except (Interrupted, click.exceptions.Abort) as err:
+            _fail(str(err) or "interrupted", Interrupted.exit_code)
+        except click.exceptions.NoArgsIsHelpError as err:
+            click.echo(err.format_message())
+            raise SystemExit(0) from None
         except click.ClickException as err:
-            _fail(_one_line(err.format_message()), 2)
-        except BrokenPipeError:
-            sys.stderr.close()
-            raise SystemExit(1) from None
-        except (HeatmillError, OSError, Exception) as err:
+            where = getattr(err, "ctx", None)
+            _fail(err.format_message() + (f" ({where.command_path} --help)" if where else ""), 2)
+        except Exception as err:
+            debug = "--debug" in (sys.argv[1:] if args is None else args)
             if debug:
                 traceback.print_exc()
             if isinstance(err, HeatmillError):
-                _fail(_one_line(str(err)), err.exit_code)
+                _fail(str(err), err.exit_code)
             if isinstance(err, OSError) and err.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-                _fail(f"no space is left ({err.filename or 'disk full'}); the same command resumes", 4)
+                _fail(f"{err.filename or 'the disk'}: no space is left; the same command resumes", 4)
+            if isinstance(err, OSError) and err.filename:
+                _fail(f"{err.filename}: {err.strerror}", 2)
             hint = "" if debug else "; --debug shows where"
-            _fail(f"a bug in heatmill: {type(err).__name__}: {_one_line(str(err))}{hint}", 1)
+            _fail(f"a bug in heatmill: {type(err).__name__}: {err}{hint}", 1)
 
 
-def _one_line(text: str) -> str:
-    return " ".join(text.split())
-
-
-def _fail(message: str, code: int) -> None:
-    click.echo(f"heatmill: {message}", err=True)
+def _fail(message: str, code: int) -> NoReturn:
+    line = " ".join(message.split())
+    click.echo("heatmill: " + "".join(c if c.isprintable() else repr(c)[1:-1] for c in line), err=True)
     raise SystemExit(code)
 
 
@@ -106,6 +114,11 @@ def _batch_size(text: str) -> int | None:
     return int(text)
 
 
+def _key(parameter: click.Parameter) -> str:
+    """What a flag or argument is called in a TOML file: its long name."""
+    return max(parameter.opts, key=len).lstrip("-") if isinstance(parameter, click.Option) else str(parameter.name)
+
+
 def _read_config(context: click.Context, parameter: click.Parameter, value: Path | None) -> Path | None:
     """A TOML file's keys become the flags' defaults; an unknown key is refused."""
     if value is None:
@@ -114,14 +127,17 @@ def _read_config(context: click.Context, parameter: click.Parameter, value: Path
         config = tomllib.loads(value.read_text())
     except (OSError, ValueError) as err:
         raise click.UsageError(f"{value}: can't be read as TOML ({err})") from None
-    known = {option.name: option for option in context.command.params if option.name not in ("config", "debug")}
+    known = {_key(each): each for each in context.command.params if each.name not in ("config", "debug")}
     defaults: dict[str, Any] = {}
     for key, given in config.items():
-        name = {"json": "as_json"}.get(key, key.replace("-", "_"))
-        if name not in known:
-            raise click.UsageError(f"{value}: unknown key {key!r}; known: {', '.join(sorted(map(str, known)))}")
-        many = known[name].multiple if isinstance(known[name], click.Option) else known[name].nargs == -1
-        defaults[name] = [given] if many and not isinstance(given, list) else given
+        word = key.replace("_", "-")
+        if word not in known:
+            near = difflib.get_close_matches(word, known, n=3) or sorted(known)
+            raise click.UsageError(f"{value}: unknown key {key!r}; nearest: {', '.join(near)}")
+        many = known[word].multiple if isinstance(known[word], click.Option) else known[word].nargs == -1
+        # as text, so that a value is judged as it is on the command line
+        texts = [str(each) for each in (given if isinstance(given, list) else [given])]
+        defaults[str(known[word].name)] = texts if many else ",".join(texts)
     context.default_map = {**(context.default_map or {}), **defaults}
     return value
 
@@ -195,7 +211,7 @@ def explain(**options: Any) -> int:
              heatmill explain model.onnx val.csv -o run -m rise -t label -t predicted
     """
     if options["generate_config"]:
-        click.echo(_as_toml(options), nl=False)
+        click.echo(_as_toml(click.get_current_context()), nl=False)
         return 0
     if options["model"] is None or not options["inputs"] or options["out"] is None:
         raise click.UsageError("give MODEL, INPUTS and -o OUT (heatmill explain --help)")
@@ -256,18 +272,15 @@ def explain(**options: Any) -> int:
     return summary.exit_code
 
 
-def _as_toml(options: dict[str, Any]) -> str:
+def _as_toml(context: click.Context) -> str:
     lines = []
-    for name, value in options.items():
-        if name in ("generate_config", "debug") or value is None:
+    for parameter in context.command.params:
+        value = context.params.get(str(parameter.name))
+        if parameter.name in ("generate_config", "debug") or value is None:
             continue
-        key = {"as_json": "json"}.get(name, name.replace("_", "-"))
-        plain = (
-            [str(part) if isinstance(part, Path) else part for part in value]
-            if isinstance(value, tuple | list)
-            else value
-        )
-        lines.append(f"{key} = {json.dumps(str(plain) if isinstance(plain, Path) else plain, ensure_ascii=False)}")
+        many = isinstance(value, tuple | list)
+        plain = [str(each) if isinstance(each, Path) else each for each in (value if many else [value])]
+        lines.append(f"{_key(parameter)} = {json.dumps(plain if many else plain[0], ensure_ascii=False)}")
     return "\n".join(lines) + "\n"
 
 

@@ -58,7 +58,7 @@ class Failed(Exception):
 
 
 class Signals:
-    """SIGINT, SIGTERM and SIGUSR1: the first is noted while a worker is `busy`; it, or else the second, stops at once."""
+    """SIGINT, SIGTERM and SIGUSR1: while a worker is `busy`, the first is only noted; any other stops at once."""
 
     def __init__(self) -> None:
         self.number: int | None = None
@@ -255,7 +255,7 @@ class Supervisor:
             raise KeyboardInterrupt
 
     def _attempt(self, shards: list[int], careful: bool, left: list[int]) -> list[int]:
-        """One worker's life; what it commits leaves `left`. Returns the suspects of its death, empty if it ended well."""
+        """One worker's life; what it commits leaves `left`. Returns the suspects of its death, if it died."""
         ours, theirs = self._context.Pipe(duplex=False)
         self._marks.clear()
         crashed = frozenset(row for row, kills in self._kills.items() if kills >= KILLS_TO_BLAME)

@@ -35,7 +35,7 @@ REPORT_SECONDS = 0.2
 
 
 class Marks:
-    """Shared memory that outlives a worker: the plan rows in flight, when it last got anything done, and the wish to stop.
+    """Shared memory that outlives a worker: the plan rows in flight, when it last got anything done, the wish to stop.
 
     Without locks: a worker killed inside one would hold it for ever.
     """
