@@ -392,14 +392,18 @@ def verify(path: str | Path) -> dict[str, int]:
     size, images, each = int(settings["shard_rows"]), int(settings["images"]), int(settings["rows_per_image"])
     calls = [method["call"] for method in settings["methods"]]
     per_image = [call for call in calls for _ in range(each // len(calls))]
+    columns = schema(run.grid, any(parse_method(call).method.pixels for call in calls))
     ids = read_plan(run.path, settings)["id"]
     for shard in sorted(committed(run.path)):
         part = run.path / part_name(shard)
         with naming(part):
-            footer = json.loads((pq.read_schema(part).metadata or {})[b"heatmill"])
+            found_schema = pq.read_schema(part)
+            footer = json.loads((found_schema.metadata or {})[b"heatmill"])
             belongs = footer["plan_hash"] == settings["plan_hash"] and shard < run.shards
         if not belongs:
             raise RunError(f"{part}: belongs to another run; delete it, and the same heatmill explain makes its own")
+        if found_schema.remove_metadata() != columns:
+            raise RunError(f"{part}: damaged (its columns are not the run's); delete it and resume")
         first, last = shard * size, min((shard + 1) * size, images)
         expected = [
             (row, identity, call)
