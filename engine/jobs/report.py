@@ -89,7 +89,7 @@ def overlay(photograph: Array, saliency: Array, box: tuple[float, ...], colormap
 
 def _positions(count: int, low: float, high: float, size: int) -> Array:
     """Where the centres of `count` pixels lie on a map of `size` samples that covers low..high: half-pixel centres."""
-    return np.asarray((np.arange(count) + 0.5 - low) / (high - low) * size - 0.5)
+    return np.asarray((np.arange(count) + 0.5 - low) / (high - low) * size - 0.5, dtype=np.float32)
 
 
 def _within(positions: Array, size: int) -> Array:

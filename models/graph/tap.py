@@ -17,6 +17,7 @@ import numpy as np
 import numpy.typing as npt
 import onnx
 from onnx import TensorProto, helper, numpy_helper, shape_inference
+from onnx.reference import ReferenceEvaluator
 
 from ... import ModelError
 from ..load import ModelFile, strip_weights
@@ -60,7 +61,7 @@ class Tap:
         return np.ascontiguousarray(values, dtype=np.float32).reshape(n, self.channels, h, w)
 
 
-MAX_SHAPE_VALUES = 4096
+MAX_CONSTANT = 4096
 
 AxisRule = Callable[["Reading", onnx.NodeProto, Shape], Axes | None]
 
@@ -79,36 +80,31 @@ class Reading:
         _set_input(skeleton, model, batch=1, size=size)
         self.graph = skeleton.graph
         self.producer = {name: node for node in self.graph.node for name in node.output if name}
-        self.constants = {tensor.name: tensor for tensor in self.graph.initializer}
-        self.constants |= {
-            node.output[0]: attribute.t
-            for node in self.graph.node
-            if node.op_type == "Constant"
-            for attribute in node.attribute
-            if attribute.name == "value"
-        }
-        self.shapes = _infer_shapes(skeleton)
-        self.axes: dict[str, Axes] = {}
+        known = Shapes(skeleton)
+        self.shapes, self.constants = known.shapes, known.constants
         h, w = size
-        self.axes[model.input.name] = Axes(model.input.layout.lower(), (h, w))
+        self.axes: dict[str, Axes] = {model.input.name: Axes(model.input.layout.lower(), (h, w))}
+        self._from_image = {model.input.name}
         for node in self.graph.node:
-            self._read(node)
+            if self._from_image.intersection(node.input):
+                self._from_image.update(node.output)
+                self._read(node)
 
     def _read(self, node: onnx.NodeProto) -> None:
+        if node.op_type in CHANNELS_FIRST and node.input[0] in self._from_image and node.input[0] not in self.axes:
+            shape = self.shapes.get(node.input[0], ())
+            if len(shape) == 4:
+                self.axes[node.input[0]] = Axes("nchw", (shape[2], shape[3]))
         for output in node.output:
-            shape = self.shapes.get(output)
-            if not shape:
-                continue
-            axes = AXES.get(node.op_type, same_shape)(self, node, shape)
+            shape = self.shapes.get(output, ())
+            axes = AXES.get(node.op_type, same_shape)(self, node, shape) if shape else None
             if axes is not None:
                 self.axes[output] = axes
 
     def ints(self, name: str) -> list[int] | None:
         """The integers of a constant, None where the value is computed."""
-        tensor = self.constants.get(name)
-        if tensor is None or tensor.data_location == TensorProto.EXTERNAL:
-            return None
-        return [int(value) for value in numpy_helper.to_array(tensor).ravel()]
+        value = self.constants.get(name)
+        return None if value is None else [int(number) for number in value.ravel()]
 
     def tap(self, name: str) -> Tap | None:
         """The value as a feature map, or None where it is not one (no grid of at least 2 x 2)."""
@@ -196,6 +192,15 @@ class Reading:
 
 WEIGHTED = frozenset({"Conv", "Gemm", "MatMul", "QLinearConv", "QLinearMatMul", "ConvInteger", "MatMulInteger"})
 POOLING = frozenset({"MaxPool", "AveragePool", "GlobalAveragePool", "GlobalMaxPool", "LpPool", "QLinearAveragePool"})
+CHANNELS_FIRST = POOLING | {
+    "Conv",
+    "ConvTranspose",
+    "ConvInteger",
+    "QLinearConv",
+    "BatchNormalization",
+    "DepthToSpace",
+    "SpaceToDepth",
+}
 PASSING = frozenset({"Identity", "Dropout", "QuantizeLinear", "DequantizeLinear"})
 
 
@@ -225,7 +230,7 @@ def same_shape(reading: Reading, node: onnx.NodeProto, shape: Shape) -> Axes | N
 
 
 def channels_first(reading: Reading, node: onnx.NodeProto, shape: Shape) -> Axes | None:
-    """Convolution and pooling: the grid's size may change, the letters do not."""
+    """Convolution and pooling read (n, c, h, w) by definition; the grid's size may change, the letters do not."""
     axes = reading.axes.get(node.input[0])
     return axes if axes is not None and axes.letters == "nchw" else None
 
@@ -313,10 +318,7 @@ def matmul(reading: Reading, node: onnx.NodeProto, shape: Shape) -> Axes | None:
 
 
 AXES: dict[str, AxisRule] = {
-    **dict.fromkeys(
-        ["Conv", "ConvTranspose", "ConvInteger", "QLinearConv", "DepthToSpace", "SpaceToDepth", *sorted(POOLING)],
-        channels_first,
-    ),
+    **dict.fromkeys(sorted(CHANNELS_FIRST), channels_first),
     **dict.fromkeys(["Pad", "Resize", "Upsample", "Split"], first_input),
     "Transpose": transpose,
     "Reshape": reshape,
@@ -351,36 +353,77 @@ def _set_input(proto: onnx.ModelProto, model: ModelFile, batch: int | str, size:
                 dims[first].dim_value, dims[first + 1].dim_value = size
 
 
-def _infer_shapes(proto: onnx.ModelProto) -> dict[str, Shape]:
-    del proto.graph.value_info[:]
-    for output in proto.graph.output:
-        if output.HasField("type"):
-            output.type.tensor_type.ClearField("shape")
-    try:
-        inferred = shape_inference.infer_shapes(proto, data_prop=_shapes_stay_small(proto.graph)).graph
-    except Exception as err:
-        raise ModelError(f"the graph's shapes contradict one another ({str(err).splitlines()[0]})") from None
-    shapes: dict[str, Shape] = {}
-    for value in [*inferred.input, *inferred.value_info, *inferred.output]:
-        tensor = value.type.tensor_type
+class Shapes:
+    """The shape of every value of a graph with fixed input shapes, and the value of every small constant.
+
+    Exporters compute the targets of their Reshapes at run time, from Shape onwards; with fixed inputs those are
+    constants, and are worked out node by node. `constants` holds no more than MAX_CONSTANT numbers each.
+    """
+
+    def __init__(self, proto: onnx.ModelProto) -> None:
+        self.shapes: dict[str, Shape] = {}
+        self.constants: dict[str, Array] = {}
+        self._types: dict[str, onnx.TypeProto] = {value.name: value.type for value in proto.graph.input}
+        self._opsets = list(proto.opset_import)
+        self._versions = {opset.domain: opset.version for opset in proto.opset_import}
+        self._ir_version = proto.ir_version
+        for value in proto.graph.input:
+            self._note(value.name)
+        for tensor in proto.graph.initializer:
+            self._types[tensor.name] = helper.make_tensor_type_proto(tensor.data_type, tensor.dims)
+            self._note(tensor.name)
+            stored = tensor.data_location != TensorProto.EXTERNAL
+            if stored and 0 < math.prod(tensor.dims) <= MAX_CONSTANT and _has_data(tensor):
+                self.constants[tensor.name] = numpy_helper.to_array(tensor)
+        for node in proto.graph.node:
+            self._infer(node)
+            self._fold(node)
+
+    def _infer(self, node: onnx.NodeProto) -> None:
+        try:
+            schema = onnx.defs.get_schema(node.op_type, self._versions.get(node.domain, 1), node.domain)
+            types = shape_inference.infer_node_outputs(
+                schema,
+                node,
+                {name: self._types[name] for name in node.input if name in self._types},
+                {name: self._tensor(name) for name in node.input if name in self.constants},
+                opset_imports=self._opsets,
+                ir_version=self._ir_version,
+            )
+        except Exception:  # an operator or form that inference does not know: its shape stays unknown
+            return
+        self._types.update(types)
+        for name in types:
+            self._note(name)
+
+    def _fold(self, node: onnx.NodeProto) -> None:
+        inputs = [name for name in node.input if name]
+        if node.op_type == "Shape" and inputs[0] in self.shapes:
+            start, end = attribute(node, "start", 0), attribute(node, "end", None)
+            self.constants[node.output[0]] = np.array(self.shapes[inputs[0]][start:end], dtype=np.int64)
+            return
+        small = all(math.prod(self.shapes.get(name, (MAX_CONSTANT + 1,))) <= MAX_CONSTANT for name in node.output)
+        if not small or not node.output or any(name not in self.constants for name in inputs):
+            return
+        try:
+            evaluator = ReferenceEvaluator(node)
+            values = evaluator.run(None, {name: self.constants[name] for name in inputs})
+        except Exception:  # not a constant that can be worked out here
+            return
+        self.constants.update(zip(node.output, map(np.asarray, values), strict=False))
+
+    def _tensor(self, name: str) -> TensorProto:
+        return numpy_helper.from_array(self.constants[name], name)
+
+    def _note(self, name: str) -> None:
+        tensor = self._types[name].tensor_type
         if tensor.HasField("shape") and all(dim.HasField("dim_value") for dim in tensor.shape.dim):
-            shapes[value.name] = tuple(dim.dim_value for dim in tensor.shape.dim)
-    shapes.update({tensor.name: tuple(tensor.dims) for tensor in proto.graph.initializer})
-    return shapes
+            self.shapes[name] = tuple(dim.dim_value for dim in tensor.shape.dim)
 
 
-def _shapes_stay_small(graph: onnx.GraphProto) -> bool:
-    """Whether following computed shapes is safe: n concatenations of a shape with itself are 2**n numbers."""
-    counts = {
-        t.name: math.prod(t.dims) for t in graph.initializer if t.data_type in (TensorProto.INT64, TensorProto.INT32)
-    }
-    for node in graph.node:
-        taken = [counts.get(name, 0) for name in node.input]
-        count = 8 if node.op_type == "Shape" else sum(taken) if node.op_type == "Concat" else max(taken, default=0)
-        if count > MAX_SHAPE_VALUES:
-            return False
-        counts.update(dict.fromkeys(node.output, count))
-    return True
+def _has_data(tensor: TensorProto) -> bool:
+    fields = ("raw_data", "float_data", "int32_data", "int64_data", "double_data", "uint64_data")
+    return any(len(getattr(tensor, name)) for name in fields)
 
 
 def with_outputs(proto: onnx.ModelProto, names: Sequence[str]) -> onnx.ModelProto:

@@ -261,3 +261,19 @@ def test_shapes_that_double_at_every_node_are_not_followed(tmp_path):
         shape = g("Concat", shape, shape, out=f"s{i + 1}", axis=0)
     g("Gemm", g("Flatten", g("GlobalAveragePool", value, out="p"), out="f"), g.w(10, 8), out="logits", transB=1)
     assert g.save(tmp_path / "m.onnx", "logits").automatic().name == "last"
+
+
+def test_what_a_convolution_or_pooling_reads_is_a_map_whatever_came_before(tmp_path):
+    """ShuffleNet's and MaxViT's way: channels or windows are shuffled by reshaping to shapes computed at run time."""
+    g = Graph()
+    value = g("Relu", g("Conv", "x", g.w(8, 3, 3, 3), out="c", pads=[1] * 4, strides=[4, 4]), out="r")
+    first = g("Gather", g("Shape", value, out="s"), g.const(np.array([0], np.int64)), out="n", axis=0)
+    apart = g("Concat", first, g.const(np.array([2, 4, 8, 8], np.int64)), out="apart", axis=0)
+    again = g("Concat", first, g.const(np.array([8, 8, 8], np.int64)), out="again", axis=0)
+    shuffled = g("Transpose", g("Reshape", value, apart, out="groups"), out="swapped", perm=[0, 2, 1, 3, 4])
+    shuffled = g("Reshape", shuffled, again, out="shuffled")
+    g("Gemm", g("Flatten", g("GlobalAveragePool", shuffled, out="p"), out="f"), g.w(10, 8), out="logits", transB=1)
+    reading = g.save(tmp_path / "m.onnx", "logits")
+    assert reading.automatic() == Tap("shuffled", "nchw", 8, (8, 8))
+    assert reading.tap("groups") is None
+    assert isinstance(linear_head(reading, reading.automatic(), "logits"), LinearHead)
