@@ -31,7 +31,7 @@ from typing import Any
 import numpy as np
 
 HERE = Path(__file__).resolve().parent
-MODELS = ("resnet50", "efficientnet_lite0")
+MODELS = ("efficientnet_lite0", "resnet50")
 HEATMILL = [sys.executable, "-c", "from heatmill.cli import main; main()"]
 
 
@@ -96,7 +96,7 @@ def accuracy(data: Path) -> dict[str, Any]:
             total += (e / e.sum())[c] * u
         literal = np.maximum(total, 0)
         literal = (literal - literal.min()) / (literal.max() - literal.min())
-        ours = explainer.explain([image])
+        ours = explainer.explain(x[None])
         results[name] = {
             "image": photographs(data)[3].name,
             "class": c,

@@ -109,27 +109,17 @@ SPEC = {
 }
 
 
-@pytest.fixture
-def make_model(tmp_path: Path) -> Callable[..., Path]:
-    """make_model(spec={...}, **options of `classifier`) -> path of an ONNX file with its spec beside it."""
-
-    def make(name: str = "model.onnx", spec: dict | None = None, **options) -> Path:
-        path = tmp_path / name
-        onnx.save(classifier(**options), path)
-        kind = {"Softmax": "probabilities", "Sigmoid": "sigmoid"}.get(options.get("end") or "", "logits")
-        path.with_suffix(".json").write_text(json.dumps({**SPEC, "output": kind, **(spec or {})}))
-        return path
-
-    return make
+def _save_model(path: Path, spec: dict | None = None, **options) -> Path:
+    onnx.save(classifier(**options), path)
+    kind = {"Softmax": "probabilities", "Sigmoid": "sigmoid"}.get(options.get("end") or "", "logits")
+    path.with_suffix(".json").write_text(json.dumps({**SPEC, "output": kind, **(spec or {})}))
+    return path
 
 
-@pytest.fixture
-def photographs(tmp_path: Path) -> Path:
-    """A folder of six small pictures: smooth colour fields with a bright blob, 40 to 60 pixels a side."""
-    folder = tmp_path / "photographs"
+def _save_photographs(folder: Path, count: int = 6) -> Path:
     (folder / "sub").mkdir(parents=True)
     rng = np.random.default_rng(7)
-    for i in range(6):
+    for i in range(count):
         h, w = rng.integers(40, 60, 2)
         y, x = np.mgrid[:h, :w] / 40
         field = np.stack(
@@ -139,6 +129,35 @@ def photographs(tmp_path: Path) -> Path:
         pixels = ((field * 0.4 + 0.5 + 0.5 * blob).clip(0, 1) * 255).astype(np.uint8)
         Image.fromarray(pixels).save(folder / ("sub" if i % 2 else "") / f"photo{i}.png")
     return folder
+
+
+@pytest.fixture(scope="session")
+def save_model() -> Callable[..., Path]:
+    """save_model(path, spec={...}, **options of `classifier`) -> path, with its spec beside it."""
+    return _save_model
+
+
+@pytest.fixture
+def make_model(tmp_path: Path) -> Callable[..., Path]:
+    """make_model(spec={...}, **options of `classifier`) -> path of an ONNX file with its spec beside it."""
+
+    def make(name: str = "model.onnx", spec: dict | None = None, **options) -> Path:
+        return _save_model(tmp_path / name, spec, **options)
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def save_photographs() -> Callable[..., Path]:
+    """save_photographs(folder, count=6) -> folder of small pictures: smooth colour fields with a bright blob, 40 to
+    60 pixels a side; every second one stands in `sub`."""
+    return _save_photographs
+
+
+@pytest.fixture
+def photographs(tmp_path: Path) -> Path:
+    """A folder of six pictures of `save_photographs`."""
+    return _save_photographs(tmp_path / "photographs")
 
 
 @pytest.fixture(scope="session")

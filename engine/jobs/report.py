@@ -30,9 +30,8 @@ from PIL import Image
 from ... import InputError
 from ...models.preprocess import ImageRefused, decode
 from ...models.spec import ModelSpec
-from . import plan as plans
 from .sources import read
-from .store import Row, Run
+from .store import Row, Run, read_plan
 
 Array = npt.NDArray[Any]
 
@@ -140,7 +139,7 @@ def write_overlays(run: Run, folder: Path | None = None, *, colormap: str = "tur
         for row in (first, *rows):
             picture = Image.fromarray(overlay(photograph, row.saliency(), box, colormap))
             with _replacing(folder / overlay_name(row)) as file:
-                picture.save(file, "PNG")
+                picture.save(file, "PNG", compress_level=4)
             written += 1
     return written
 
@@ -259,7 +258,7 @@ class _Photographs:
     """The photographs of a run, as the run found them."""
 
     def __init__(self, run: Run) -> None:
-        self._listed = plans.reopen(run.path).images.select(["size", "mtime_ns"])
+        self._listed = read_plan(run.path, run.settings).select(["size", "mtime_ns"])
         self._exif = ModelSpec.from_json(run.settings["spec"], "run.json").exif
 
     def open(self, row: Row, side: int) -> Image.Image:
@@ -347,15 +346,17 @@ def _facts(run: Run) -> list[tuple[str, list[str]]]:
         name = method["call"].partition(":")[0]
         methods.append(" ".join([name, *(f"{key}={value}" for key, value in method["parameters"].items())]))
     targets = [{"top": f"top{value}", "class": f"class {value}"}.get(kind, kind) for kind, value in settings["targets"]]
-    versions = {settings["backend"] if name == "backend" else name: text for name, text in settings["versions"].items()}
+    backend = settings.get("backend")
+    versions = {backend if name == "backend" else name: text for name, text in settings.get("versions", {}).items()}
+    runs_on = [text for text in (backend, settings.get("provider"), settings.get("precision")) if text]
     height, width = run.input_size
     facts: list[tuple[str, list[str]]] = [
         ("Methods", methods),
         ("Targets", [", ".join(targets)]),
-        ("Layer", [f"{settings['layer']} ({run.grid[0]} x {run.grid[1]})"] if run.grid else []),
+        ("Layer", [f"{settings.get('layer')} ({run.grid[0]} x {run.grid[1]})"] if run.grid else []),
         ("Input", [f"{height} x {width}, {spec.get('crop_mode', 'center')} crop"]),
-        ("Runs on", [", ".join(filter(None, (settings["backend"], settings["provider"], settings["precision"])))]),
-        ("Seed", [str(settings["seed"])]),
+        ("Runs on", [", ".join(runs_on)]),
+        ("Seed", [str(settings.get("seed"))]),
         ("Model sha256", [settings["model"]["sha256"][:16]]),
         ("Versions", [", ".join(f"{name} {version}" for name, version in versions.items())]),
     ]
@@ -392,7 +393,7 @@ def _bad(table: pa.Table, limit: int, each: int) -> list[dict[str, Any]]:
 @lru_cache(maxsize=8)
 def _lut(name: str, steps: int) -> Array:
     """A colormap's colours (steps, 3), 0..1."""
-    return np.asarray(cmap.Colormap(name)(np.linspace(0, 1, steps)))[:, :3]
+    return np.asarray(cmap.Colormap(name)(np.linspace(0, 1, steps)), dtype=np.float32)[:, :3]
 
 
 def _filter_tables(name: str, signed: bool) -> dict[str, str]:
