@@ -135,6 +135,11 @@ def _items(loaded: Loaded, inputs: Sequence[Path], limit: int) -> Iterator[Item]
 
 def _peak_mb() -> float:
     """The process's peak resident memory so far."""
+    try:  # getrusage would count what the parent held when it started this process
+        status = Path("/proc/self/status").read_text()
+        return float(status.split("VmHWM:")[1].split()[0]) / 1024
+    except (OSError, IndexError):
+        pass
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak / (1 << 20) if sys.platform == "darwin" else peak / 1024
 

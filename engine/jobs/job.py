@@ -266,7 +266,7 @@ class Supervisor:
         theirs.close()
         try:
             while True:
-                wait([ours, process.sentinel], timeout=1.0)
+                wait([ours, process.sentinel], timeout=0.2)
                 while ours.poll():
                     try:
                         message = ours.recv()
