@@ -98,7 +98,8 @@ def open_job(job: Job) -> tuple[Loaded, Source, tuple[Target, ...]]:
     )
     classes = loaded.model.classes or len(loaded.spec.label_names) or 2**31 - 1
     targets = parse_targets(job.targets, classes, loaded.spec.label_names)
-    source = list_source([path.absolute() for path in job.inputs], limit=job.limit)
+    inputs = [path.absolute() if os.path.exists(path) else path for path in job.inputs]
+    source = list_source(inputs, limit=job.limit)
     if any(target.kind == "label" for target in targets):
         source = _with_classes(source, classes, loaded.spec.label_names)
     return loaded, source, targets

@@ -760,6 +760,22 @@ class Command:
         return self.end()
 
 
+@pytest.fixture
+def start():
+    """start(...) -> `Command`; what a failed test leaves is killed."""
+    commands = []
+
+    def make(*arguments, **options):
+        commands.append(Command(*arguments, **options))
+        return commands[-1]
+
+    yield make
+    for command in commands:
+        with command.process:
+            for process in [command.process, *command.others()]:
+                process.kill()
+
+
 def assert_unharmed(run, before):
     """What was committed is as it was, and what is committed now is sound."""
     if not (run / "run.json").exists():
@@ -771,16 +787,16 @@ def assert_unharmed(run, before):
     return now
 
 
-def killed_and_resumed(model, folder, out, kills, span, expected, images):
+def killed_and_resumed(start, model, folder, out, kills, span, expected, images):
     rng = random.Random(4)
     before = {}
     for _ in range(kills):
-        command = Command(model, folder, out, "--workers", "2", "--quiet", probe="real")
+        command = start(model, folder, out, "--workers", "2", "--quiet", probe="real")
         with contextlib.suppress(subprocess.TimeoutExpired):
             command.process.wait(rng.uniform(0.1, span))
         command.kill()
         before = assert_unharmed(out, before)
-    command = Command(model, folder, out, "--workers", "2", "--json")
+    command = start(model, folder, out, "--workers", "2", "--json")
     code, told, _ = command.end()
     assert code == 0
     assert json.loads(told)["statuses"] == {"ok": images}
@@ -790,12 +806,12 @@ def killed_and_resumed(model, folder, out, kills, span, expected, images):
     assert_same(without_paths(content(out)), expected)
 
 
-def test_kill_at_random_moments_and_resume(model, slow, tmp_path, site, calm):
-    killed_and_resumed(model, slow, tmp_path / "run", 3, 2.0, calm, 12)
+def test_kill_at_random_moments_and_resume(start, model, slow, tmp_path, site, calm):
+    killed_and_resumed(start, model, slow, tmp_path / "run", 3, 2.0, calm, 12)
 
 
 @pytest.mark.slow
-def test_twenty_kills_over_sixty_images(model, save_photographs, tmp_path, site):
+def test_twenty_kills_over_sixty_images(start, model, save_photographs, tmp_path, site):
     folder = save_photographs(tmp_path / "photos", 60)
     explained(model, folder, tmp_path / "calm")
     expected = content(tmp_path / "calm")
@@ -803,11 +819,11 @@ def test_twenty_kills_over_sixty_images(model, save_photographs, tmp_path, site)
         time_ns = path.stat().st_mtime_ns
         append(path, "IS SLOW")
         os.utime(path, ns=(time_ns, time_ns))
-    killed_and_resumed(model, folder, tmp_path / "run", 20, 3.5, without_paths(expected), 60)
+    killed_and_resumed(start, model, folder, tmp_path / "run", 20, 3.5, without_paths(expected), 60)
 
 
-def test_kill_of_the_worker_only(model, slow, tmp_path, site, calm):
-    command = Command(model, slow, tmp_path / "run")
+def test_kill_of_the_worker_only(start, model, slow, tmp_path, site, calm):
+    command = start(model, slow, tmp_path / "run")
     assert command.until(lambda: command.committed() >= 2)
     before = parts(tmp_path / "run")
     command.worker().kill()
@@ -828,9 +844,9 @@ def test_kill_of_the_worker_only(model, slow, tmp_path, site, calm):
         (os.killpg, signal.SIGINT, 130, "interrupted; the same command resumes"),
     ],
 )
-def test_a_signal_ends_a_run_after_the_batch(model, slow, tmp_path, site, send, number, code, told):
+def test_a_signal_ends_a_run_after_the_batch(start, model, slow, tmp_path, site, send, number, code, told):
     out = tmp_path / "run"
-    command = Command(model, slow, out)
+    command = start(model, slow, out)
     assert command.until(lambda: command.committed() >= 1)
     send(command.process.pid, number)
     assert command.end() == (code, "", f"heatmill: {out}: {told}\n")
@@ -840,10 +856,10 @@ def test_a_signal_ends_a_run_after_the_batch(model, slow, tmp_path, site, send, 
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_a_second_signal_ends_it_at_once(model, photos, tmp_path, site, number):
+def test_a_second_signal_ends_it_at_once(start, model, photos, tmp_path, site, number):
     folder = shutil.copytree(photos, tmp_path / "photos")
     append(folder / "photo8.png", "HANGS")
-    command = Command(model, folder, tmp_path / "run", "--workers", "1")
+    command = start(model, folder, tmp_path / "run", "--workers", "1")
     assert command.until(lambda: command.committed() >= 1)
     command.process.send_signal(number)
     time.sleep(0.2)
@@ -853,7 +869,7 @@ def test_a_second_signal_ends_it_at_once(model, photos, tmp_path, site, number):
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_a_signal_while_the_model_is_tried(model, photos, tmp_path, monkeypatch, number):
+def test_a_signal_while_the_model_is_tried(start, model, photos, tmp_path, monkeypatch, number):
     (tmp_path / "site").mkdir()
     (tmp_path / "site" / "sitecustomize.py").write_text(
         "import time, sys\n"
@@ -862,7 +878,7 @@ def test_a_signal_while_the_model_is_tried(model, photos, tmp_path, monkeypatch,
         "    opening.load = lambda **arguments: time.sleep(1000)\n"
     )
     monkeypatch.setenv("PYTHONPATH", str(tmp_path / "site"))
-    command = Command(model, photos, tmp_path / "run", probe="real")
+    command = start(model, photos, tmp_path / "run", probe="real")
     assert command.until(lambda: any("spawn_main" in " ".join(child.cmdline()) for child in command.others()))
     time.sleep(0.3)
     os.killpg(command.process.pid, number)
@@ -876,7 +892,7 @@ def test_a_signal_while_the_model_is_tried(model, photos, tmp_path, monkeypatch,
 # --- no space -----------------------------------------------------------------------------------------------
 
 
-def test_no_space_by_a_limit_of_file_sizes(model, photos, tmp_path, monkeypatch, calm):
+def test_no_space_by_a_limit_of_file_sizes(start, model, photos, tmp_path, monkeypatch, calm):
     """Parts of RISE maps are too large for the worker."""
     (tmp_path / "site").mkdir()
     (tmp_path / "site" / "sitecustomize.py").write_text(
@@ -887,14 +903,14 @@ def test_no_space_by_a_limit_of_file_sizes(model, photos, tmp_path, monkeypatch,
     monkeypatch.setenv("PYTHONPATH", str(tmp_path / "site"))
     out = tmp_path / "run"
     flags = ("-m", "rise:masks=8", "-t", "top5", "-t", "0", "-t", "1")
-    command = Command(model, photos, out, *flags)
+    command = start(model, photos, out, *flags)
     code, told, noted = command.end()
     assert (code, told) == (4, "")
     assert noted == f"heatmill: {out}: no space is left; everything committed is kept, the same command resumes\n"
     assert os.listdir(out / "data") == []
     assert os.listdir(out / "_tmp") == ["lock"]
     monkeypatch.delenv("PYTHONPATH")
-    code, *_ = Command(model, photos, out, *flags).end()
+    code, *_ = start(model, photos, out, *flags).end()
     assert code == 0
     assert store.verify(out)["ok"] == 12 * 2 * 7
     assert_same(
@@ -920,16 +936,16 @@ def fill(disk, leave):
     (disk / "ballast").write_bytes(bytes(space.f_bavail * space.f_frsize - leave))
 
 
-def test_a_full_disk(model, slow, tmp_path, site, disk, calm):
+def test_a_full_disk(start, model, slow, tmp_path, site, disk, calm):
     out = disk / "run"
     fill(disk, 0)
-    command = Command(model, slow, out)
+    command = start(model, slow, out)
     code, told, noted = command.end()
     assert (code, told, noted.count("\n")) == (4, "", 1)
     (disk / "ballast").unlink()
     shutil.rmtree(out, ignore_errors=True)
     fill(disk, 80_000)
-    code, told, noted = Command(model, slow, out).end()
+    code, told, noted = start(model, slow, out).end()
     assert (code, told) == (4, "")
     assert noted == f"heatmill: {out}: no space is left; everything committed is kept, the same command resumes\n"
     counts = store.verify(out)
@@ -937,7 +953,7 @@ def test_a_full_disk(model, slow, tmp_path, site, disk, calm):
     assert os.listdir(out / "_tmp") == ["lock"]
     before = parts(out)
     (disk / "ballast").unlink()
-    code, *_ = Command(model, slow, out).end()
+    code, *_ = start(model, slow, out).end()
     assert code == 0
     assert before.items() <= parts(out).items()
     assert_same(without_paths(content(out)), calm)

@@ -1,0 +1,115 @@
+"""What is installed: exactly the folders of the package, under one name, and cheap to import."""
+
+import re
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+
+import pytest
+
+import heatmill
+
+ROOT = Path(__file__).resolve().parents[1]
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
+SETUPTOOLS = PROJECT["tool"]["setuptools"]
+OUTSIDE = {"tests", "benchmarks", "docs", "build", "dist"}
+
+
+def ours(path):
+    parts = path.relative_to(ROOT).parts
+    return not any(part.startswith(".") or part == "__pycache__" for part in parts) and parts[0] not in OUTSIDE
+
+
+def child(script):
+    ended = subprocess.run(
+        [sys.executable, "-P", "-c", script], capture_output=True, text=True, cwd=ROOT, env={"PYTHONSAFEPATH": "1"}
+    )
+    assert (ended.returncode, ended.stderr) == (0, "")
+    return ended.stdout.split()
+
+
+def test_the_package_list_is_the_tree():
+    folders = [path.parent.relative_to(ROOT) for path in ROOT.rglob("__init__.py") if ours(path)]
+    found = {".".join(["heatmill", *folder.parts]) for folder in folders}
+    assert len(SETUPTOOLS["packages"]) == len(set(SETUPTOOLS["packages"]))
+    assert set(SETUPTOOLS["packages"]) == found
+    assert SETUPTOOLS["package-dir"] == {"heatmill": "."}
+
+
+def test_no_module_stands_outside_a_package():
+    listed = {ROOT.joinpath(*name.split(".")[1:]) for name in SETUPTOOLS["packages"]}
+    strays = {path for path in ROOT.rglob("*.py") if ours(path) and path.parent not in listed}
+    assert strays == set()
+
+
+def test_the_root_holds_two_modules():
+    """Every other one would be installed with them."""
+    assert {path.name for path in ROOT.glob("*.py")} == {"__init__.py", "cli.py"}
+
+
+def test_data_files_are_listed():
+    listed = {
+        ROOT.joinpath(*package.split(".")[1:], name)
+        for package, names in SETUPTOOLS["package-data"].items()
+        for name in names
+    }
+    assert all(path.is_file() for path in listed)
+    folders = [ROOT.joinpath(*name.split(".")[1:]) for name in SETUPTOOLS["packages"] if name != "heatmill"]
+    beside = {path for folder in folders for path in folder.iterdir() if path.is_file() and path.suffix != ".py"}
+    assert beside == listed
+
+
+def test_tests_are_no_package():
+    """Two test files may then have one name."""
+    assert not list((ROOT / "tests").rglob("__init__.py"))
+
+
+def test_one_name_is_installed():
+    """The folders are reached through the package, and by no name of their own."""
+    script = (
+        "import sys, heatmill, heatmill.cli, heatmill.engine.explainer, heatmill.engine.jobs.job\n"
+        "print(*[name for name in ('engine', 'kernels', 'models', 'cli') if name in sys.modules], sep='\\n')"
+    )
+    assert child(script) == []
+
+
+def test_importing_the_package_imports_nothing_else():
+    script = "import sys\nbefore = set(sys.modules)\nimport heatmill\nprint(*sorted(set(sys.modules) - before))"
+    assert set(child(script)) <= {"heatmill", "typing", "re", "contextlib", "collections.abc", "_typing"}
+    assert child("import sys, heatmill; print('numpy' in sys.modules)") == ["False"]
+
+
+@pytest.mark.parametrize("name", heatmill.__all__)
+def test_public_names_resolve(name):
+    assert getattr(heatmill, name) is not None
+    assert f"from heatmill import {name}" and name in heatmill.__all__
+
+
+def test_public_names_are_sorted_and_unknown_ones_are_refused():
+    assert len(set(heatmill.__all__)) == len(heatmill.__all__)
+    with pytest.raises(AttributeError, match="has no attribute 'Explainr'"):
+        heatmill.Explainr  # noqa: B018
+
+
+def test_exit_codes():
+    codes = {
+        error.__name__: error.exit_code
+        for error in (
+            heatmill.HeatmillError,
+            heatmill.ModelError,
+            heatmill.InputError,
+            heatmill.BackendError,
+            heatmill.IncompleteError,
+            heatmill.RunError,
+        )
+    }
+    assert codes == {
+        "HeatmillError": 2, "ModelError": 2, "InputError": 2, "BackendError": 2, "IncompleteError": 4, "RunError": 5
+    }  # fmt: skip
+
+
+def test_the_version_is_one():
+    assert re.fullmatch(r"\d+\.\d+\.\d+", heatmill.__version__)
+    assert SETUPTOOLS["dynamic"] == {"version": {"attr": "heatmill.__version__"}}
+    assert PROJECT["project"]["scripts"] == {"heatmill": "heatmill.cli:main"}
