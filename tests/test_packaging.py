@@ -16,21 +16,26 @@ SETUPTOOLS = PROJECT["tool"]["setuptools"]
 OUTSIDE = {"tests", "benchmarks", "docs", "build", "dist"}
 
 
-def ours(path):
-    parts = path.relative_to(ROOT).parts
-    return not any(part.startswith(".") or part == "__pycache__" for part in parts) and parts[0] not in OUTSIDE
+def tree(pattern):
+    """The files of the checkout that could belong to the package."""
+    tops = [
+        top
+        for top in ROOT.iterdir()
+        if top.is_dir() and top.name[0] != "." and top.name not in OUTSIDE and not (top / "pyvenv.cfg").exists()
+    ]
+    return [*ROOT.glob(pattern), *(path for top in tops for path in top.rglob(pattern))]
 
 
 def child(script):
     ended = subprocess.run(
-        [sys.executable, "-P", "-c", script], capture_output=True, text=True, cwd=ROOT, env={"PYTHONSAFEPATH": "1"}
+        [sys.executable, "-c", script], capture_output=True, text=True, cwd=ROOT, env={"PYTHONSAFEPATH": "1"}
     )
     assert (ended.returncode, ended.stderr) == (0, "")
     return ended.stdout.split()
 
 
 def test_the_package_list_is_the_tree():
-    folders = [path.parent.relative_to(ROOT) for path in ROOT.rglob("__init__.py") if ours(path)]
+    folders = [path.parent.relative_to(ROOT) for path in tree("__init__.py")]
     found = {".".join(["heatmill", *folder.parts]) for folder in folders}
     assert len(SETUPTOOLS["packages"]) == len(set(SETUPTOOLS["packages"]))
     assert set(SETUPTOOLS["packages"]) == found
@@ -39,7 +44,7 @@ def test_the_package_list_is_the_tree():
 
 def test_no_module_stands_outside_a_package():
     listed = {ROOT.joinpath(*name.split(".")[1:]) for name in SETUPTOOLS["packages"]}
-    strays = {path for path in ROOT.rglob("*.py") if ours(path) and path.parent not in listed}
+    strays = {path for path in tree("*.py") if path.parent not in listed}
     assert strays == set()
 
 
@@ -75,15 +80,14 @@ def test_one_name_is_installed():
 
 
 def test_importing_the_package_imports_nothing_else():
-    script = "import sys\nbefore = set(sys.modules)\nimport heatmill\nprint(*sorted(set(sys.modules) - before))"
-    assert set(child(script)) <= {"heatmill", "typing", "re", "contextlib", "collections.abc", "_typing"}
-    assert child("import sys, heatmill; print('numpy' in sys.modules)") == ["False"]
+    found = child("import sys, heatmill; print(*sys.modules)")
+    installed = {name for name in found if name.partition(".")[0] not in sys.stdlib_module_names}
+    assert {name for name in installed if name[0] != "_"} == {"heatmill"}
 
 
 @pytest.mark.parametrize("name", heatmill.__all__)
 def test_public_names_resolve(name):
     assert getattr(heatmill, name) is not None
-    assert f"from heatmill import {name}" and name in heatmill.__all__
 
 
 def test_public_names_are_sorted_and_unknown_ones_are_refused():

@@ -34,6 +34,7 @@ from .sources import Source
 DEATH_BUDGET = 20
 KILLS_TO_BLAME = 2
 STALL_SECONDS = 600.0
+STALL_BATCHES = 20.0  # where that many batches take longer, it is the limit
 EXIT_COMPLETE, EXIT_BAD = 0, 3
 
 
@@ -233,6 +234,8 @@ class Supervisor:
         self._kills: Counter[int] = Counter(dict.fromkeys(self._blamed(), KILLS_TO_BLAME))
         self._context = multiprocessing.get_context("spawn")
         self._marks = worker.Marks(self._context)
+        seconds = plan.settings["batch_size"] / max(plan.settings["rows_per_second"], 1e-3)
+        self._stall = max(STALL_SECONDS, STALL_BATCHES * seconds)
 
     def run(self, todo: list[int]) -> None:
         """Do the shards.
@@ -277,8 +280,8 @@ class Supervisor:
                         return []
                 if not process.is_alive() and not ours.poll():
                     return self._died(process, careful)
-                if self._marks.idle_seconds > STALL_SECONDS:
-                    self.progress.note(f"the worker got nothing done for {STALL_SECONDS:g} s; ending it")
+                if self._marks.idle_seconds > self._stall:
+                    self.progress.note(f"the worker got nothing done for {self._stall:g} s; ending it")
                     self._event("stall")
                     process.kill()
                     process.join()

@@ -147,6 +147,7 @@ def freeze(job: Job, loaded: Loaded, source: Source, targets: tuple[Target, ...]
         "provider": probe.provider,
         "precision": probe.precision,
         "batch_size": probe.batch_size,
+        "rows_per_second": round(probe.rows_per_second, 3),
         "batch_trials": {str(rows): round(speed, 3) for rows, speed in probe.trials.items()},
         "seed": job.seed,
         "versions": {**versions(), "backend": probe.version},
