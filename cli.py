@@ -426,8 +426,11 @@ def demo(out: Path, as_json: bool, debug: bool) -> int:
     Example: heatmill demo
     """
     from .engine.jobs.demo import demo as run_demo
+    from .engine.jobs.demo import demo_text
 
-    return run_demo(out, as_json)
+    found = run_demo(out)
+    click.echo(json.dumps(found) if as_json else demo_text(found), nl=as_json)
+    return int(found["exit_code"])
 
 
 if __name__ == "__main__":

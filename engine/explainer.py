@@ -11,13 +11,14 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from .. import InputError
+from .. import HeatmillError, InputError, ModelError
 from ..kernels import finish, host
 from ..models.preprocess import ImageRefused, decode, normalise, view
 from ..models.spec import ModelSpec
-from .backends import Session
-from .opening import DEFAULT_BATCH, Loaded, batch_is_free, blank_batch, load, open_best
+from .backends import Session, first_line
+from .opening import Loaded, blank_batch, load
 from .schedule import Run, Scheduler
+from .trial import try_model
 from .types import (
     Expansion,
     Explanation,
@@ -28,6 +29,7 @@ from .types import (
     Observation,
     Target,
     parse_targets,
+    target_rows,
 )
 
 Array = npt.NDArray[Any]
@@ -35,19 +37,28 @@ Array = npt.NDArray[Any]
 BLUR = (51, 50.0)  # kernel size and sigma of the blurred baseline (Group-CAM's, METHODS section 2)
 
 
-def baseline_array(name: str, image: Array, spec: ModelSpec) -> Array | None:
-    """What stands for absence under a mask, in the network's units; None is zero."""
+def _black(image: Array, spec: ModelSpec) -> Array:
+    pixels = np.zeros((*spec.input_size[1:], spec.input_size[0]), dtype=np.uint8)
+    return normalise(pixels, spec, str(image.dtype))
+
+
+def _mean(image: Array, spec: ModelSpec) -> Array:
     axes = (1, 2) if spec.layout == "NCHW" else (0, 1)
-    if name == "zero":
-        return None
-    if name == "black":
-        black = np.zeros((*spec.input_size[1:], spec.input_size[0]), dtype=np.uint8)
-        return normalise(black, spec, str(image.dtype))
-    if name == "mean":
-        return np.asarray(image.mean(axis=axes, keepdims=True, dtype=np.float64), dtype=np.float32)
-    channels_first = image if spec.layout == "NCHW" else image.transpose(2, 0, 1)
-    blurred = host.blur(channels_first.astype(np.float32), *BLUR)
-    return blurred if spec.layout == "NCHW" else np.ascontiguousarray(blurred.transpose(1, 2, 0))
+    return np.asarray(image.mean(axis=axes, keepdims=True, dtype=np.float64), dtype=np.float32)
+
+
+def _blurred(image: Array, spec: ModelSpec) -> Array:
+    if spec.layout == "NCHW":
+        return host.blur(image.astype(np.float32), *BLUR)
+    return host.blur(image.transpose(2, 0, 1).astype(np.float32), *BLUR).transpose(1, 2, 0)
+
+
+BASELINES: dict[str, Callable[[Array, ModelSpec], Array | None]] = {
+    "zero": lambda image, spec: None,
+    "black": _black,
+    "mean": _mean,
+    "blur": _blurred,
+}
 
 
 @dataclass(slots=True)
@@ -154,7 +165,7 @@ class Engine:
         finished = []
         for run in batch:
             if run.observe:
-                features = self.loaded.tap.to_nchw(outputs[1][run.slots])[0] if self.loaded.tap else None
+                features = self.loaded.tap.to_nchw(outputs[1][run.slots])[0].copy() if self.loaded.tap else None
                 finished += self._observe(scheduler, run, raw[run.slot].astype(np.float32), features)
             else:
                 finished += self._score(scheduler, run, raw[run.slots])
@@ -186,7 +197,7 @@ class Engine:
             host.grid_masks(bank.bits[rows], bank.offsets[rows], self.loaded.facts.size, out=masks)
         image, name = state.item.image, expansion.baseline
         if name not in state.baselines:
-            state.baselines[name] = baseline_array(name, image, self.loaded.spec)
+            state.baselines[name] = BASELINES[name](image, self.loaded.spec)
         host.blend(image, masks, state.baselines[name], self.loaded.spec.layout, out=place)
 
     def _observe(self, scheduler: Scheduler, run: Run, raw: Array, features: Array | None) -> list[Hashable]:
@@ -227,11 +238,15 @@ class Engine:
         state = self._states[key]
         kind = self.loaded.posterior if state.expansions[method].score == "posterior" else "none"
         classes = np.array([target for target, _ in state.targets])
-        state.scores[method][:, run.start : run.stop] = host.class_scores(raw, classes, kind).T
-        if scheduler.complete(run):
+        scores = host.class_scores(raw, classes, kind).T
+        state.scores[method][:, run.start : run.stop] = scores
+        finite = bool(np.isfinite(scores).all())
+        if not finite:  # no map can come of it: its other passes are not run
+            scheduler.cancel(run.key)
+            state.scores[method][:] = np.nan
+        if not finite or scheduler.complete(run):
             state.left -= 1
-            if not state.left:
-                return [key]
+            return [] if state.left else [key]
         return []
 
     def _combine(self, key: Hashable) -> Iterator[Explanation]:
@@ -243,9 +258,9 @@ class Engine:
         if not state.targets:
             pred = int(np.nanargmax(raw)) if np.isfinite(raw).any() else -1
             for call in self.loaded.calls:
-                for asked in self.targets:
-                    for _ in range(asked.count):
-                        yield self._nonfinite(key, call, -1, asked.kind, float("nan"), pred, float("nan"))
+                for target, source in target_rows(self.targets, state.item.label):
+                    known = -1 if target is None else target
+                    yield self._nonfinite(key, call, known, source, float("nan"), pred, float("nan"))
             return
         classes = np.array([target for target, _ in state.targets])
         pred = int(np.argmax(raw))
@@ -273,13 +288,15 @@ class Engine:
                     None,
                     raw_map,
                     extras,
+                    self.loaded.facts.size,
                 )
 
     def _nonfinite(
         self, key: Hashable, call: MethodCall, target: int, source: str, score: float, pred: int, pred_score: float
     ) -> Explanation:
         error = "the network gave a value that is not finite"
-        return Explanation(key, call, target, source, score, pred, pred_score, "nonfinite", error, None, {})
+        size = self.loaded.facts.size
+        return Explanation(key, call, target, source, score, pred, pred_score, "nonfinite", error, None, {}, size)
 
 
 @dataclass(frozen=True, slots=True)
@@ -292,6 +309,7 @@ class Result:
         targets: (n, k) classes.
         scores: (n, k) float32 posteriors of the targets on the unperturbed images.
         predictions: (n,) classes.
+        statuses: (n, k) strings, `ok` or `nonfinite`.
         extras: per image and target, counts and reasons.
     """
 
@@ -299,6 +317,7 @@ class Result:
     targets: Array
     scores: Array
     predictions: Array
+    statuses: Array
     extras: tuple[tuple[Mapping[str, Any], ...], ...]
     size: tuple[int, int]
     finish: tuple[str, ...]
@@ -327,7 +346,7 @@ class Explainer:
         method: as on the command line, `NAME[:key=value,...]`.
         layer: value or node to tap; None is the automatic choice.
         backend, provider, precision, threads: as on the command line.
-        batch_size: rows per network call.
+        batch_size: rows per network call; "auto" measures where one image needs enough passes, else takes 32.
         preprocess, labels, output: where the spec is not found beside the file.
 
     Raises:
@@ -354,13 +373,19 @@ class Explainer:
         self._loaded = load(
             model, [method], layer=layer, preprocess=preprocess, labels=labels, output=output, scores=scores
         )
-        rows = DEFAULT_BATCH if batch_size == "auto" else int(batch_size)
-        if rows < 1:
-            raise InputError(f"batch size {rows}: give at least 1")
-        if not batch_is_free(self._loaded, backend, provider, precision):
-            rows = self._loaded.model.input.batch or rows
-        self._session = open_best(self._loaded, backend, provider, precision, rows, threads)
-        self._rows, self._seed = rows, seed
+        if batch_size != "auto" and not (isinstance(batch_size, int) and batch_size >= 1):
+            raise InputError(f'batch_size {batch_size!r}: give "auto" or a number from 1')
+        (call,) = self._loaded.calls
+        asked = None if isinstance(batch_size, str) else batch_size
+        passes = 1 + call.method.passes(self._loaded.facts, call.parameters)
+        try:
+            trial, self._session = try_model(self._loaded, backend, provider, precision, asked, passes, threads)
+        except HeatmillError:
+            raise
+        except Exception as err:
+            raise ModelError(f"{model}: running the model failed ({first_line(err)[:300]})") from err
+        self._loaded.release()
+        self._rows, self._seed = trial.batch_size, seed
 
     @property
     def spec(self) -> ModelSpec:
@@ -380,6 +405,8 @@ class Explainer:
         Raises:
             InputError: an image that can't be read or has the wrong shape, or an unknown target.
         """
+        if isinstance(images, str | Path):
+            raise InputError(f"images is a list; for one image give [{str(images)!r}]")
         found: dict[Hashable, list[Explanation]] = {}
         for explanation in self.stream(images, targets):
             found.setdefault(explanation.key, []).append(explanation)
@@ -393,6 +420,7 @@ class Explainer:
             targets=np.array([[e.target for e in row] for row in rows]),
             scores=np.array([[e.score for e in row] for row in rows], dtype=np.float32),
             predictions=np.array([row[0].pred for row in rows]),
+            statuses=np.array([[e.status for e in row] for row in rows]),
             extras=tuple(tuple(e.extras for e in row) for row in rows),
             size=self._loaded.facts.size,
             finish=self._loaded.calls[0].method.finish(self._loaded.calls[0].parameters),
@@ -404,7 +432,7 @@ class Explainer:
         """As `explain`, one explanation at a time and in bounded memory; `key` is the image's position."""
         loaded = self._loaded
         classes = loaded.model.classes or len(loaded.spec.label_names) or 2**31
-        texts = [targets] if isinstance(targets, str | int) else list(targets)
+        texts = [targets] if isinstance(targets, str | int | np.integer) else list(targets)
         parsed = parse_targets([str(text) for text in texts], classes, loaded.spec.label_names)
         if any(target.kind == "label" for target in parsed):
             raise InputError("target 'label' needs a manifest (heatmill explain); give the class here")
@@ -420,9 +448,13 @@ class Explainer:
                 raise InputError(f"image {position}: {err}") from None
         elif np.issubdtype(image.dtype, np.floating):
             expected = blank_batch(self._loaded, 1).shape[1:]
+            if not np.issubdtype(dtype, np.floating):
+                raise InputError(f"image {position}: the network takes {dtype} pixels; give uint8 (H, W, c) pictures")
             if image.shape != expected:
                 raise InputError(f"image {position} has shape {image.shape}; the network takes {expected}")
             return image.astype(dtype, copy=False)
-        if image.dtype != np.uint8 or image.ndim != 3:
-            raise InputError(f"image {position}: pictures are uint8 (H, W, c), not {image.dtype} {image.shape}")
+        channels = spec.input_size[0]
+        if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != channels:
+            told = f"pictures are uint8 (H, W, c) of {channels} channels, not {image.dtype} {image.shape}"
+            raise InputError(f"image {position}: {told}")
         return normalise(view(image, spec)[0], spec, dtype)

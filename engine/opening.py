@@ -28,16 +28,19 @@ DEFAULT_BATCH = 32
 
 @dataclass(frozen=True, slots=True)
 class Loaded:
-    """A model file with everything that is decided before a session is opened."""
+    """A model file with everything that is decided before a session is opened.
+
+    `own_precision` is the arithmetic that the file itself asks for: fp32, fp16, or int8 where it is quantised.
+    """
 
     model: ModelFile
     spec: ModelSpec
     spec_source: str
-    reading: Reading
     calls: tuple[MethodCall, ...]
     tap: Tap | None
     scores: str
     facts: Facts
+    own_precision: str
 
     @property
     def posterior(self) -> str:
@@ -47,6 +50,10 @@ class Loaded:
         if self.scores == self.model.output:
             return "none"
         return {"probabilities": "softmax", "sigmoid": "sigmoid"}[self.spec.output]
+
+    def release(self) -> None:
+        """Free the file's weights: a session that is open has its own."""
+        self.model.proto.Clear()
 
     def serialized(self, dynamic: bool) -> bytes:
         """The graph to run: raw scores and the tap as outputs, the batch axis open if asked."""
@@ -90,25 +97,29 @@ def load_opened(
     model: ModelFile, spec: ModelSpec, source: str, reading: Reading, calls: Sequence[MethodCall], layer: str | None
 ) -> Loaded:
     """As `load`, from the parts."""
-    tap = None
-    if layer is not None or any(call.method.needs_tap for call in calls):
-        tap = reading.choose(layer or spec.target_layer)
+    needs_tap = layer is not None or any(call.method.needs_tap for call in calls)
+    facts = read_facts(model, spec, reading, reading.choose(layer or spec.target_layer) if needs_tap else None)
+    for call in calls:
+        reason = call.method.refuses(facts, call.parameters)
+        if reason:
+            raise InputError(f"{model.path.name}: method {call.method.name} can't run: {reason}")
+    own = "int8" if model.quantised else "fp16" if reading.half else "fp32"
+    loaded = Loaded(model, spec, source, tuple(calls), facts.tap, raw_scores(model), facts, own)
+    if model.classes is not None:
+        require_classes(loaded, model.classes)
+    return loaded
+
+
+def read_facts(model: ModelFile, spec: ModelSpec, reading: Reading, tap: Tap | None) -> Facts:
+    """What methods may know of a model, where `tap` is read."""
     raw = raw_scores(model)
-    facts = Facts(
+    return Facts(
         size=(spec.input_size[1], spec.input_size[2]),
         output=spec.output,
         has_logits=spec.output == "logits" or raw != model.output,
         tap=tap,
         head=linear_head(reading, tap, raw) if tap else "the model has no feature map",
     )
-    for call in calls:
-        reason = call.method.refuses(facts, call.parameters)
-        if reason:
-            raise InputError(f"{model.path.name}: method {call.method.name} can't run: {reason}")
-    loaded = Loaded(model, spec, source, reading, tuple(calls), tap, raw, facts)
-    if model.classes is not None:
-        require_classes(loaded, model.classes)
-    return loaded
 
 
 def open_best(
@@ -121,20 +132,29 @@ def open_best(
 ) -> Session:
     """A session that gives the asked precision; the fastest by a short trial where several do.
 
-    A file with a fixed batch axis is opened with it free. Where that fails, or a second row changes the first one's
-    scores, the file's own batch size is kept: ask `fits_batch` before choosing one.
+    A file with a fixed batch axis is opened with it free, unless `batch_size` is its own.
 
     Raises:
         BackendError: nothing on this machine gives the precision, or the runtime refuses the model.
     """
-    fits = choose(backend, provider, precision, loaded.model.quantised)
-    profiles = [(name, Profile(batch_size, kind, door, threads)) for name, door, kind in fits]
     graph = loaded.serialized(dynamic=batch_size != loaded.model.input.batch)
-    sessions = [open_session(name, graph, profile) for name, profile in profiles]
-    if len(sessions) == 1:
-        return sessions[0]
     feed = {loaded.model.input.name: blank_batch(loaded, batch_size)}
-    return min(sessions, key=lambda session: _seconds(session, feed, loaded.scores))
+    fits = choose(backend, provider, precision, loaded.own_precision)
+    sessions: list[tuple[float, Session]] = []
+    refusals: list[BackendError] = []
+    for name, door, kind in fits:
+        try:
+            session = open_session(name, graph, Profile(batch_size, kind, door, threads))
+            if len(fits) == 1:
+                return session
+            sessions.append((_seconds(session, feed, loaded.scores), session))
+        except BackendError as err:
+            refusals.append(err)
+        except Exception as err:  # a runtime's own error in the trial: another provider may do
+            refusals.append(BackendError(f"{name} ({door}) can't run the model: {err}"))
+    if not sessions:
+        raise refusals[0]
+    return min(sessions, key=lambda timed: timed[0])[1]
 
 
 def _seconds(session: Session, feed: Mapping[str, Array], output: str) -> float:
@@ -142,31 +162,6 @@ def _seconds(session: Session, feed: Mapping[str, Array], output: str) -> float:
     start = time.perf_counter()
     session.run(feed, [output])
     return time.perf_counter() - start
-
-
-def batch_is_free(loaded: Loaded, backend: str, provider: str | None, precision: str) -> bool:
-    """Whether rows can be packed to any batch size: the open batch axis works and keeps rows apart.
-
-    Tried on two random rows: together in one batch, each must score as it does alone in the file as it is.
-    """
-    fixed = loaded.model.input.batch
-    if fixed is None:
-        return True
-    name, door, kind = choose(backend, provider, precision, loaded.model.quantised)[0]
-    rows = np.random.default_rng(0).random((2, *blank_batch(loaded, 1).shape[1:]))
-    rows = (rows * (255 if loaded.model.input.dtype == "uint8" else 1)).astype(loaded.model.input.dtype)
-    key = loaded.model.input.name
-    try:
-        opened = open_session(name, loaded.serialized(dynamic=True), Profile(2, kind, door))
-        together = opened.run({key: rows}, [loaded.scores])[0]
-    except BackendError:
-        return False
-    except Exception:  # a runtime's own error on a graph that was not made for this: the file's batch size is kept
-        return False
-    original = open_session(name, loaded.serialized(dynamic=False), Profile(fixed, kind, door))
-    alone = [original.run({key: np.repeat(row[None], fixed, axis=0)}, [loaded.scores])[0][0] for row in rows]
-    same = len(together) == 2 and np.allclose(together.reshape(2, -1), np.reshape(alone, (2, -1)), rtol=1e-3, atol=1e-4)
-    return bool(same)
 
 
 def blank_batch(loaded: Loaded, rows: int) -> Array:

@@ -1,7 +1,7 @@
 """Packs rows of many requests into batches of one size. Policy only: it knows no arrays and no runtime.
 
 A request first needs its image observed (one row); what the observation shows decides how many masked rows follow.
-Observation rows ride in the same batches as masked rows, and are taken early enough that masked rows never run out.
+Observation rows ride in the same batches as masked rows, and are taken early, so that masked rows seldom run out.
 """
 
 from __future__ import annotations
@@ -40,7 +40,8 @@ class Scheduler:
 
     Args:
         batch_size: slots of a batch.
-        rows_expected: about how many masked rows one observation brings; 0 for methods of a single pass.
+        rows_expected: at most how many masked rows one observation brings; 0 for methods of a single pass. What the
+            first observations bring takes its place.
     """
 
     def __init__(self, batch_size: int, rows_expected: int) -> None:
@@ -50,18 +51,16 @@ class Scheduler:
         self._unobserved: deque[Hashable] = deque()
         self._pending: OrderedDict[Hashable, _Pending] = OrderedDict()
         self._waiting = 0
+        self._observed = 0
+        self._rows_added = 0
         self.slots_filled = 0
         self.slots_issued = 0
 
     @property
     def wants_images(self) -> bool:
         """Whether another image should be handed to `add_image` now."""
-        return self._waiting + len(self._unobserved) * max(self._rows_expected, 1) < self._ahead
-
-    @property
-    def idle(self) -> bool:
-        """Whether nothing is left to issue."""
-        return not self._unobserved and not self._waiting
+        expected = self._rows_added / self._observed if self._rows_added else self._rows_expected
+        return self._waiting + len(self._unobserved) * max(expected, 1) < self._ahead
 
     def add_image(self, key: Hashable) -> None:
         """An image to observe."""
@@ -73,6 +72,7 @@ class Scheduler:
             raise ValueError(f"request {key!r}: {rows} rows, or added twice")
         self._pending[key] = _Pending(rows)
         self._waiting += rows
+        self._rows_added += rows
 
     def cancel(self, key: Hashable) -> None:
         """Forget a request: its rows not yet issued are dropped, those in flight are ignored when they are done."""
@@ -90,6 +90,7 @@ class Scheduler:
         observe_now = self._waiting < self._ahead
         while observe_now and self._unobserved and slot < self.batch_size:
             runs.append(Run(self._unobserved.popleft(), 0, 1, slot, observe=True))
+            self._observed += 1
             slot += 1
         for key, pending in self._pending.items():
             if slot == self.batch_size:

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Callable, Hashable, Mapping
+import re
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import numpy.typing as npt
 
 from .. import InputError
+from ..kernels.finish import finish
 
 if TYPE_CHECKING:
     from ..models.graph.head import LinearHead
@@ -167,6 +169,18 @@ class Target:
         return {"top": f"top{self.value}", "class": str(self.value)}.get(self.kind, self.kind)
 
 
+def target_rows(targets: Sequence[Target], label: int | None) -> list[tuple[int | None, str]]:
+    """The (class, source) of each row that an image without scores gets."""
+    rows: list[tuple[int | None, str]] = []
+    for target in targets:
+        if target.kind == "top":
+            rows += [(None, f"top{rank}") for rank in range(1, target.value + 1)]
+        else:
+            known = {"label": label, "class": target.value}.get(target.kind)
+            rows.append((known, target.kind))
+    return rows
+
+
 @dataclass(frozen=True, slots=True)
 class Item:
     """One image to explain: the network's input for it (no batch axis) and its label, if known."""
@@ -180,7 +194,8 @@ class Item:
 class Explanation:
     """One image, target and method: the raw map (h, w) and how it came about.
 
-    `map` is None where `status` is not ok. `score` is the class score on the unperturbed image: the posterior.
+    `map` is None where `status` is not ok. `score` is the target's posterior on the unperturbed image. `size` is the
+    input's (height, width).
     """
 
     key: Hashable
@@ -194,6 +209,21 @@ class Explanation:
     error: str | None
     map: Array | None
     extras: Mapping[str, Any]
+    size: tuple[int, int]
+
+    def upsampled(self) -> Array:
+        """The raw map at the input's size, (H, W): bilinear, half-pixel centres."""
+        return self._finished(())
+
+    def saliency(self) -> Array:
+        """The map (H, W) finished as the method's source shows it (ReLU, min-max, in its order)."""
+        return self._finished(self.method.method.finish(self.method.parameters))
+
+    def _finished(self, steps: tuple[str, ...]) -> Array:
+        if self.map is None:
+            raise ValueError(f"{self.key!r} has no map: its status is {self.status}")
+        result: Array = finish(self.map[None], steps, self.size)[0]
+        return result
 
 
 def nearest(word: str, known: list[str]) -> str:
@@ -213,7 +243,7 @@ def parse_targets(texts: list[str] | tuple[str, ...], classes: int, label_names:
         word = text.strip()
         if word in ("predicted", "label"):
             targets.append(Target(word))
-        elif word.startswith("top") and word[3:].isdigit() and word not in label_names:
+        elif re.fullmatch("top[0-9]+", word) and word not in label_names:
             count = int(word[3:])
             if not 1 <= count <= classes:
                 raise InputError(f"target {word!r}: the model has {classes} classes")
@@ -231,7 +261,11 @@ def class_index(word: str, classes: int, label_names: tuple[str, ...]) -> int:
     Raises:
         InputError: a number outside the model's classes, an unknown or ambiguous name.
     """
-    if word.lstrip("+-").isdigit():
+    if re.fullmatch("[+-]?[0-9]+", word):
+        named = [i for i, name in enumerate(label_names) if name == word]
+        if named and named != [int(word)]:
+            told = f"is class {int(word)} by number and class {named[0]} by name"
+            raise InputError(f"class {word!r} {told}; give other names with --labels")
         if not 0 <= int(word) < classes:
             raise InputError(f"class {word} is out of range: the model has classes 0 to {classes - 1}")
         return int(word)

@@ -154,19 +154,29 @@ def inline_external_data(proto: onnx.ModelProto, model: ModelFile) -> None:
         for tensor in (*graph.initializer, *_attribute_tensors(graph)):
             if tensor.data_location != onnx.TensorProto.EXTERNAL:
                 continue
-            entries = {entry.key: entry.value for entry in tensor.external_data}
-            size = (_tensor_bits(tensor) + 7) // 8
-            total += size
+            total += (_tensor_bits(tensor) + 7) // 8
             if total > MAX_FILE_BYTES:
                 raise ModelError(f"{model.path}: has more than 2 GiB of weights, which one graph can't hold")
-            try:
-                with data_file(model.path, entries["location"]).open("rb") as file:
-                    file.seek(int(entries.get("offset", 0)))
-                    tensor.raw_data = file.read(size)
-            except (ModelError, OSError) as err:
-                raise ModelError(f"{model.path}: {err}") from None
-            tensor.ClearField("external_data")
-            tensor.ClearField("data_location")
+            read_external(tensor, model)
+
+
+def read_external(tensor: onnx.TensorProto, model: ModelFile) -> None:
+    """Give a tensor of `model` its bytes, where they lie in a data file, in place.
+
+    Raises:
+        ModelError: the data file is gone.
+    """
+    if tensor.data_location != onnx.TensorProto.EXTERNAL:
+        return
+    entries = {entry.key: entry.value for entry in tensor.external_data}
+    try:
+        with data_file(model.path, entries["location"]).open("rb") as file:
+            file.seek(int(entries.get("offset", 0)))
+            tensor.raw_data = file.read((_tensor_bits(tensor) + 7) // 8)
+    except (ModelError, OSError) as err:
+        raise ModelError(f"{model.path}: {err}") from None
+    tensor.ClearField("external_data")
+    tensor.ClearField("data_location")
 
 
 def _open(path: Path, scores: str | None) -> ModelFile:

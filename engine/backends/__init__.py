@@ -6,7 +6,7 @@ from importlib import import_module
 from typing import Any
 
 from ... import BackendError
-from .base import PRECISIONS, Offer, Profile, Session, cpu_flags, usable_cores
+from .base import PRECISIONS, Offer, Profile, Session, cpu_flags, first_line, usable_cores
 
 __all__ = [
     "BACKENDS",
@@ -16,6 +16,7 @@ __all__ = [
     "Session",
     "choose",
     "cpu_flags",
+    "first_line",
     "open_session",
     "survey",
     "usable_cores",
@@ -48,25 +49,31 @@ def survey() -> list[Offer]:
     return [offer for name in BACKENDS for offer in _door(name).survey()]
 
 
-def choose(backend: str, provider: str | None, precision: str, quantised: bool) -> list[tuple[str, str, str]]:
-    """The (backend, provider, precision) that give what was asked, best first by what was measured.
+def choose(backend: str, provider: str | None, precision: str, own: str) -> list[tuple[str, str, str]]:
+    """The (backend, provider, precision) that give what was asked.
 
-    `auto` precision is the file's own arithmetic: int8 for quantised files, else fp32. Between ONNX Runtime's kernels
-    and OpenVINO's at one precision, the caller measures on the model itself.
+    Args:
+        own: the file's own arithmetic, which `auto` takes. A file in fp16 or int8 runs as it is; one in fp32 may also
+            be run in bf16.
 
     Raises:
-        BackendError: nothing on this machine gives it; says what each backend lacks.
+        BackendError: nothing on this machine gives it; says what each provider lacks.
     """
-    wanted = ("int8" if quantised else "fp32") if precision == "auto" else precision
-    if wanted == "int8" and not quantised:
+    wanted = own if precision == "auto" else precision
+    if wanted not in PRECISIONS:
+        raise BackendError(f"no precision {wanted!r}; known: auto, {', '.join(PRECISIONS)}")
+    if wanted == "int8" and own != "int8":
         raise BackendError("precision int8 needs a quantised (QDQ) model file; this one is not")
-    if quantised and wanted not in ("int8", "fp32"):
-        raise BackendError(f"the model is quantised: it runs as it is (--precision auto), not in {wanted}")
+    if wanted == "fp16" and own != "fp16":
+        raise BackendError("precision fp16 needs a model file in half precision; this one is not")
+    if own != "fp32" and wanted != own:
+        raise BackendError(f"the model file is in {own}: it runs as it is (--precision auto), not in {wanted}")
     named = "onnxruntime" if backend == "auto" else backend
-    offers = [offer for offer in _door(named).survey() if provider in (None, offer.provider)]
+    known = _door(named).survey()
+    offers = [offer for offer in known if provider in (None, offer.provider)]
     if not offers:
-        known = ", ".join(offer.provider for offer in _door(named).survey())
-        raise BackendError(f"backend {named} has no provider {provider!r}; known: {known}")
+        names = ", ".join(offer.provider for offer in known)
+        raise BackendError(f"backend {named} has no provider {provider!r}; known: {names}")
     fit = [(offer.backend, offer.provider, wanted) for offer in offers if wanted in offer.precisions]
     if not fit:
         reasons = "; ".join(f"{offer.provider}: {offer.note}" for offer in offers)

@@ -53,6 +53,11 @@ class Session(Protocol):
     def run(self, feeds: Mapping[str, Array], outputs: Sequence[str]) -> list[Array]: ...
 
 
+def first_line(err: BaseException) -> str:
+    """An error's first line, or its type where it says nothing."""
+    return next(iter(str(err).strip().splitlines()), type(err).__name__)
+
+
 def usable_cores() -> int:
     """Cores this process may use: its affinity, and the quota of its control group."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

@@ -13,7 +13,7 @@ from typing import Any
 import onnxruntime as ort
 
 from ... import BackendError
-from .base import Array, Offer, Profile, cpu_flags, usable_cores
+from .base import Array, Offer, Profile, cpu_flags, first_line, usable_cores
 
 OPENVINO = "OpenVINOExecutionProvider"
 HINTS = {"fp32": "f32", "bf16": "bf16"}
@@ -58,7 +58,7 @@ def open(model: bytes, profile: Profile) -> OrtSession:
         else:
             session = _openvino(model, options, profile)
     except Exception as err:
-        raise BackendError(f"onnxruntime ({provider}) refuses the model: {_first_line(err)}") from err
+        raise BackendError(f"onnxruntime ({provider}) refuses the model: {first_line(err)}") from err
     return OrtSession(session, provider, profile.precision, flexible=provider == "cpu")
 
 
@@ -86,7 +86,9 @@ def _openvino_devices() -> list[Any]:
 
 
 def survey() -> list[Offer]:
-    offers = [Offer("onnxruntime", "cpu", ort.__version__, ("fp32", "int8"), "int8 for files that are quantised")]
+    offers = [
+        Offer("onnxruntime", "cpu", ort.__version__, ("fp32", "fp16", "int8"), "fp16 and int8 as the file has it")
+    ]
     try:
         version = metadata.version("onnxruntime-ep-openvino")
     except metadata.PackageNotFoundError:
@@ -96,11 +98,9 @@ def survey() -> list[Offer]:
         note = "installed, but it offers no device on this processor"
         return [*offers, Offer("onnxruntime", "openvino", version, (), note)]
     if "amx_bf16" in cpu_flags():
-        offer = Offer("onnxruntime", "openvino", version, ("fp32", "bf16", "int8"), "amx_bf16: bf16 is native")
+        offer = Offer("onnxruntime", "openvino", version, ("fp32", "bf16", "fp16", "int8"), "amx_bf16: bf16 is native")
     else:
-        offer = Offer("onnxruntime", "openvino", version, ("fp32", "int8"), "no amx_bf16: bf16 would be emulated")
+        offer = Offer(
+            "onnxruntime", "openvino", version, ("fp32", "fp16", "int8"), "no amx_bf16: bf16 would be emulated"
+        )
     return [*offers, offer]
-
-
-def _first_line(err: Exception) -> str:
-    return str(err).strip().splitlines()[0] if str(err).strip() else type(err).__name__

@@ -9,17 +9,17 @@ import onnx
 from onnx.reference import ReferenceEvaluator
 
 from ... import BackendError
-from .base import Array, Offer, Profile
+from .base import Array, Offer, Profile, first_line
 
 
 class ReferenceSession:
     backend = "reference"
     provider = "numpy"
-    precision = "fp32"
     version = onnx.__version__
     flexible = True
 
-    def __init__(self, proto: onnx.ModelProto) -> None:
+    def __init__(self, proto: onnx.ModelProto, precision: str) -> None:
+        self.precision = precision
         self._outputs = [output.name for output in proto.graph.output]
         self._evaluator: Any = ReferenceEvaluator(proto)
 
@@ -32,15 +32,15 @@ def open(model: bytes, profile: Profile) -> ReferenceSession:
     """A session for a serialized model.
 
     Raises:
-        BackendError: an operator that the evaluator lacks, or another precision than fp32.
+        BackendError: an operator that the evaluator lacks, or bf16.
     """
-    if profile.precision != "fp32":
-        raise BackendError(f"backend reference computes in fp32, not {profile.precision}")
+    if profile.precision == "bf16":
+        raise BackendError("backend reference computes as the file says, not in bf16")
     try:
-        return ReferenceSession(onnx.load_model_from_string(model))
+        return ReferenceSession(onnx.load_model_from_string(model), profile.precision)
     except Exception as err:
-        raise BackendError(f"backend reference can't run the model: {str(err).splitlines()[0]}") from err
+        raise BackendError(f"backend reference can't run the model: {first_line(err)}") from err
 
 
 def survey() -> list[Offer]:
-    return [Offer("reference", "numpy", onnx.__version__, ("fp32",), "slow; for checks on small models")]
+    return [Offer("reference", "numpy", onnx.__version__, ("fp32", "fp16", "int8"), "slow; for checks on small models")]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import platform
 import resource
 import statistics
@@ -9,15 +10,17 @@ import sys
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict
+from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from ... import InputError
-from ..backends import usable_cores
+from ..backends import Profile, Session, open_session, usable_cores
 from ..explainer import Engine, Stages
-from ..opening import DEFAULT_BATCH, Loaded, batch_is_free, blank_batch, load, open_best
+from ..opening import Loaded, blank_batch, load
+from ..trial import try_model
 from ..types import Item, Target
 from .sources import list_source
 from .worker import prepare
@@ -48,17 +51,17 @@ def bench(
 
     Returns:
         Medians over the rounds; `outside_network` is the share of the method's wall time not spent in the network's
-        calls, `slots_filled` the share of batch rows that were real, `peak_mb` what the method's rounds added to the
-        process's peak memory over the bare network's.
+        calls, `slots_filled` the share of batch rows that were real, `peak_mb` this process's peak memory over that of
+        one which opens the file and runs the bare network on the same batch (None where it can't be opened so).
 
     Raises:
         HeatmillError: the model, the method, the backend or the input is refused.
     """
     loaded = load(model, [method], layer=layer, preprocess=preprocess, labels=labels, output=output, scores=scores)
-    size = batch_size or DEFAULT_BATCH
-    if not batch_is_free(loaded, backend, provider, precision):
-        size = loaded.model.input.batch or size
-    session = open_best(loaded, backend, provider, precision, size)
+    passes = 1 + loaded.calls[0].method.passes(loaded.facts, loaded.calls[0].parameters)
+    trial, session = try_model(loaded, backend, provider, precision, batch_size, passes * limit)
+    loaded.release()
+    size = trial.batch_size
     batch = blank_batch(loaded, size)
     feed = {loaded.model.input.name: batch}
     session.run(feed, [loaded.scores])
@@ -67,15 +70,13 @@ def bench(
     outside: list[float] = []
     all_stages: list[Stages] = []
     explained = 0
-    peak_before = peak_after = 0.0
+    bare_peak = _bare_peak(Path(model), session, feed, loaded.scores)
     for _ in range(rounds):
         bare.append(_bare(session, feed, loaded.scores, size))
-        peak_before = max(peak_before, _peak_mb()) if not speeds else peak_before
         engine = Engine(loaded, session, [Target("predicted")], size)
         start = time.perf_counter()
         explained = sum(1 for _ in engine.stream(_items(loaded, inputs, limit)))
         wall = time.perf_counter() - start
-        peak_after = _peak_mb()
         speeds.append(wall)
         outside.append(1 - engine.stages.network / wall)
         all_stages.append(engine.stages)
@@ -91,6 +92,7 @@ def bench(
         "machine": platform.processor() or platform.machine(),
         "cores": usable_cores(),
         "batch_size": size,
+        "batch_trials": {str(rows): round(speed, 2) for rows, speed in trial.trials.items()},
         "images": explained,
         "rounds": rounds,
         "images_per_second": explained / wall,
@@ -100,7 +102,7 @@ def bench(
         "rows_per_image": stages.rows / explained,
         "outside_network": statistics.median(outside),
         "slots_filled": stages.rows / stages.slots,
-        "peak_mb": max(0.0, peak_after - peak_before),
+        "peak_mb": None if bare_peak is None else _peak_mb() - bare_peak,
         "seconds": {
             **{name: value for name, value in asdict(stages).items() if isinstance(value, float)},
             "wall": wall,
@@ -116,6 +118,32 @@ def _bare(session: Any, feed: dict[str, Any], output: str, size: int) -> float:
         session.run(feed, [output])
         times.append(time.perf_counter() - start)
     return size / statistics.median(times)
+
+
+def _bare_peak(model: Path, session: Session, feed: dict[str, Any], output: str) -> float | None:
+    context = multiprocessing.get_context("spawn")
+    ours, theirs = context.Pipe(duplex=False)
+    how = (str(model), session.backend, session.provider, session.precision, feed, output)
+    child = context.Process(target=_run_bare, args=(theirs, *how), daemon=True)
+    child.start()
+    theirs.close()
+    try:
+        peak: float = ours.recv()
+    except EOFError:
+        return None
+    finally:
+        child.join()
+    return peak
+
+
+def _run_bare(
+    answer: Connection, model: str, backend: str, provider: str, precision: str, feed: dict[str, Any], output: str
+) -> None:
+    rows = len(next(iter(feed.values())))
+    session = open_session(backend, Path(model).read_bytes(), Profile(rows, precision, provider))
+    for _ in range(2):
+        session.run(feed, [output])
+    answer.send(_peak_mb())
 
 
 def _items(loaded: Loaded, inputs: Sequence[Path], limit: int) -> Iterator[Item]:
@@ -147,6 +175,7 @@ def _peak_mb() -> float:
 def bench_text(found: dict[str, Any]) -> str:
     """The answer of `bench` for people."""
     seconds = found["seconds"]
+    peak = "not known" if found["peak_mb"] is None else f"{found['peak_mb']:+.0f} MB over the bare network's process"
     stages = ", ".join(f"{name} {value:.3f}" for name, value in seconds.items())
     return (
         f"{found['model']}, {found['method']}, {found['backend']} ({found['provider']}) {found['precision']}, "
@@ -156,6 +185,6 @@ def bench_text(found: dict[str, Any]) -> str:
         f"({found['of_bare']:.1%})\n"
         f"outside network  {found['outside_network']:.2%} of the wall time\n"
         f"slots filled     {found['slots_filled']:.2%}\n"
-        f"peak memory      +{found['peak_mb']:.0f} MB over the bare network\n"
+        f"peak memory      {peak}\n"
         f"seconds          {stages}\n"
     )

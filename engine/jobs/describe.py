@@ -13,10 +13,9 @@ from ...models.find_spec import find_spec
 from ...models.graph.tap import Reading, Tap
 from ...models.load import ModelFile, open_model
 from ...models.spec import ModelSpec
-from ..backends import BACKENDS, PRECISIONS, choose, cpu_flags, survey, usable_cores
+from ..backends import PRECISIONS, choose, cpu_flags, survey, usable_cores
 from ..methods import METHODS
-from ..opening import load_opened, read_graph
-from ..types import MethodCall
+from ..opening import read_facts, read_graph
 from .probe import probe
 
 FLAGS = ("avx2", "avx512f", "avx512_vnni", "avx512_bf16", "amx_bf16", "amx_int8")
@@ -127,18 +126,19 @@ def _methods(
     model: ModelFile, spec: ModelSpec | None, reading: Reading | None, layer: str | None
 ) -> dict[str, dict[str, Any]]:
     """For each method whether it runs with its defaults, how many passes an image needs, or why not."""
+    if spec is None or reading is None:
+        return {name: {"runs": False, "reason": "no spec was found"} for name in METHODS}
+    asked = layer or spec.target_layer
+    facts = read_facts(model, spec, reading, reading.choose(asked) if asked else reading.automatic())
     answers: dict[str, dict[str, Any]] = {}
     for name, method in METHODS.items():
-        if spec is None or reading is None:
-            answers[name] = {"runs": False, "reason": "no spec was found"}
-            continue
-        call = MethodCall(method, {key: parameter.default for key, parameter in method.parameters.items()})
-        try:
-            loaded = load_opened(model, spec, "", reading, [call], layer)
-        except HeatmillError as err:
-            answers[name] = {"runs": False, "reason": str(err).rpartition("can't run: ")[2]}
+        parameters = {key: parameter.default for key, parameter in method.parameters.items()}
+        if method.needs_tap and facts.tap is None:
+            answers[name] = {"runs": False, "reason": "the model has no feature map"}
+        elif reason := method.refuses(facts, parameters):
+            answers[name] = {"runs": False, "reason": reason}
         else:
-            answers[name] = {"runs": True, "passes": 1 + method.passes(loaded.facts, call.parameters)}
+            answers[name] = {"runs": True, "passes": 1 + method.passes(facts, parameters)}
     return answers
 
 
@@ -192,7 +192,7 @@ def doctor() -> dict[str, Any]:
     picks: dict[str, Any] = {}
     for precision in PRECISIONS:
         try:
-            fits = choose("auto", None, precision, quantised=precision == "int8")
+            fits = choose("auto", None, precision, "fp32" if precision == "bf16" else precision)
         except BackendError as err:
             picks[precision] = {"pick": None, "why": str(err)}
         else:
@@ -216,7 +216,6 @@ def doctor() -> dict[str, Any]:
             }
             for offer in survey()
         ],
-        "known_backends": list(BACKENDS),
         "auto": picks,
     }
 

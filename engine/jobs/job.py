@@ -23,11 +23,12 @@ import pyarrow.parquet as pq
 
 from ... import BackendError, HeatmillError, IncompleteError, InputError, ModelError, RunError
 from ..opening import Loaded
+from ..trial import Trial
 from ..types import Target, class_index
 from . import plan as plans
 from . import store, worker
 from .child import SIGNALS, describe_exit, shielded
-from .probe import DEADLINE, Probe, probe
+from .probe import DEADLINE, probe
 from .progress import Progress
 from .sources import Source
 
@@ -126,7 +127,7 @@ def _explain(job: plans.Job, style: str, deadline: float | None, signals: Signal
 
 def _probe(
     job: plans.Job, loaded: Loaded, source: Source, targets: tuple[Target, ...], deadline: float | None
-) -> Probe:
+) -> Trial:
     arguments = {
         "model": str(job.model),
         "methods": list(job.methods),

@@ -21,9 +21,9 @@ from ...models.load import open_model
 from ...models.spec import ModelSpec
 from ..methods import parse_method
 from ..opening import Loaded, load, load_opened, read_graph
+from ..trial import Trial
 from ..types import Target, class_index, parse_targets
 from . import store
-from .probe import Probe
 from .sources import Source, list_source
 
 SHARD_SECONDS = 60.0
@@ -124,17 +124,19 @@ def _with_classes(source: Source, classes: int, label_names: tuple[str, ...]) ->
     return Source(source.table.append_column("target", column), source.has_labels)
 
 
-def freeze(job: Job, loaded: Loaded, source: Source, targets: tuple[Target, ...], probe: Probe) -> Plan:
+def freeze(job: Job, loaded: Loaded, source: Source, targets: tuple[Target, ...], trial: Trial) -> Plan:
     """The plan of a new run."""
     call_passes = [call.method.passes(loaded.facts, call.parameters) for call in loaded.calls]
-    seconds = (1 + sum(call_passes)) / probe.rows_per_second
-    shard_rows = 2 ** int(np.clip(math.floor(math.log2(max(SHARD_SECONDS / seconds, 1))), 0, math.log2(MAX_SHARD_ROWS)))
+    seconds = (1 + sum(call_passes)) / trial.rows_per_second
+    rows_per_image = len(loaded.calls) * sum(target.count for target in targets)
+    images = max(1.0, min(SHARD_SECONDS / seconds, MAX_SHARD_ROWS / rows_per_image))
+    shard_rows = 2 ** math.floor(math.log2(images))
     grid_methods = any(not call.method.pixels for call in loaded.calls)
     settings: dict[str, Any] = {
         "format": store.FORMAT,
         "identity": identity(job, loaded, targets),
         "images": source.table.num_rows,
-        "rows_per_image": len(loaded.calls) * sum(target.count for target in targets),
+        "rows_per_image": rows_per_image,
         "shard_rows": shard_rows,
         "model": {"path": str(loaded.model.path), "sha256": loaded.model.sha256, "scores": loaded.model.output},
         "spec": loaded.spec.to_json(),
@@ -143,14 +145,14 @@ def freeze(job: Job, loaded: Loaded, source: Source, targets: tuple[Target, ...]
         "targets": [[target.kind, target.value] for target in targets],
         "layer": loaded.tap.name if loaded.tap else None,
         "grid": list(loaded.tap.grid) if loaded.tap and grid_methods else None,
-        "backend": probe.backend,
-        "provider": probe.provider,
-        "precision": probe.precision,
-        "batch_size": probe.batch_size,
-        "rows_per_second": round(probe.rows_per_second, 3),
-        "batch_trials": {str(rows): round(speed, 3) for rows, speed in probe.trials.items()},
+        "backend": trial.backend,
+        "provider": trial.provider,
+        "precision": trial.precision,
+        "batch_size": trial.batch_size,
+        "rows_per_second": round(trial.rows_per_second, 3),
+        "batch_trials": {str(rows): round(speed, 3) for rows, speed in trial.trials.items()},
         "seed": job.seed,
-        "versions": {**versions(), "backend": probe.version},
+        "versions": {**versions(), "backend": trial.version},
     }
     settings["plan_hash"] = store.plan_hash(settings["identity"], shard_rows, source.table)
     position = pa.array(range(source.table.num_rows), pa.int64())

@@ -12,7 +12,7 @@ import os
 import time
 import traceback
 from collections import deque
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from multiprocessing.connection import Connection
@@ -25,11 +25,11 @@ from ...models.spec import ModelSpec
 from ..backends import usable_cores
 from ..explainer import Engine
 from ..opening import Loaded, open_best
-from ..types import Array, Explanation, Item, Target
+from ..trial import ran_out_of_memory
+from ..types import Array, Explanation, Item, target_rows
 from . import plan as plans
 from . import sources, store
 from .child import settle
-from .probe import ran_out_of_memory
 
 REPORT_SECONDS = 0.2
 
@@ -130,18 +130,6 @@ def prepare(row: Mapping[str, Any], spec: ModelSpec, dtype: str) -> Prepared:
     except MemoryError:
         return Prepared(None, status="too_large", error="there is not enough memory to decode it")
     return Prepared(normalise(shown, spec, dtype), pixels.shape[1], pixels.shape[0], box)
-
-
-def target_rows(targets: Sequence[Target], label: int | None) -> list[tuple[int | None, str]]:
-    """The (class, source) of each row that an image without scores gets."""
-    rows: list[tuple[int | None, str]] = []
-    for target in targets:
-        if target.kind == "top":
-            rows += [(None, f"top{rank}") for rank in range(1, target.value + 1)]
-        else:
-            known = {"label": label, "class": target.value}.get(target.kind)
-            rows.append((known, target.kind))
-    return rows
 
 
 class Collector:
@@ -310,16 +298,18 @@ def _work(order: Order, conn: Connection, marks: Marks) -> dict[str, float]:
     plan = plans.reopen(order.run)
     loaded = plans.load_for(plan, order.model)
     settings = plan.settings
-    session = open_best(
-        loaded, settings["backend"], settings["provider"], settings["precision"], settings["batch_size"]
-    )
+    size = settings["batch_size"]
+    if order.careful and size != loaded.model.input.batch:
+        size = 1  # no other image may be in the batch that kills, and a batch that is too large must not look like one
+    session = open_best(loaded, settings["backend"], settings["provider"], settings["precision"], size)
+    loaded.release()
 
     def on_batch(rows: int) -> None:
         marks.beat()
         if marks.stopping:
             raise _Drained
 
-    engine = Engine(loaded, session, plan.targets, settings["batch_size"], settings["seed"], on_batch)
+    engine = Engine(loaded, session, plan.targets, size, settings["seed"], on_batch)
     collector = Collector(order.run, plan, loaded, conn, marks)
     marks.beat()
     conn.send(("ready", time.perf_counter() - start, session.version))

@@ -25,16 +25,24 @@ from ..types import (
     Parameters,
 )
 
+BLOCK = 4096
+MAX_BITS = 1 << 28
+
 
 def share(facts: Facts, parameters: Parameters, seed: int) -> GridBank:
     """The masks, equal ones once. Row r has the counters after row r - 1's: fewer masks are a prefix of more."""
     masks, s, p = int(parameters["masks"]), int(parameters["cells"]), float(parameters["p"])
-    draws = np.random.Generator(np.random.Philox(key=[seed, crc32(b"rise")])).random((masks, s * s + 2))
-    bits = (draws[:, : s * s] < p).astype(np.uint8)
+    generator = np.random.Generator(np.random.Philox(key=[seed, crc32(b"rise")]))
     cells = np.array([math.ceil(side / s) for side in facts.size])
-    offsets = np.minimum(draws[:, s * s :] * cells, cells - 1).astype(np.int64)
+    bits, offsets = np.empty((masks, s * s), dtype=np.uint8), np.empty((masks, 2), dtype=np.int32)
+    for start in range(0, masks, BLOCK):
+        rows = slice(start, min(start + BLOCK, masks))
+        draws = generator.random((rows.stop - start, s * s + 2))
+        bits[rows] = draws[:, : s * s] < p
+        offsets[rows] = np.minimum(draws[:, s * s :] * cells, cells - 1)
     offsets[bits.min(axis=1) == bits.max(axis=1)] = 0  # a uniform grid is the same mask at every offset
-    _, first, counts = np.unique(np.hstack([bits, offsets]), axis=0, return_index=True, return_counts=True)
+    whole = np.ascontiguousarray(np.hstack([np.packbits(bits, axis=1), offsets.view(np.uint8)]))
+    _, first, counts = np.unique(whole.view(f"V{whole.shape[1]}").ravel(), return_index=True, return_counts=True)
     order = np.argsort(first)
     first = first[order]
     return GridBank(bits[first].reshape(-1, s, s), offsets[first], counts[order])
@@ -66,6 +74,11 @@ def combine(
     return Combined(maps, tuple({} for _ in targets))
 
 
+def refuses(facts: Facts, parameters: Parameters) -> str | None:
+    bits = int(parameters["masks"]) * int(parameters["cells"]) ** 2
+    return f"masks x cells x cells is {bits}, at most {MAX_BITS} are kept" if bits > MAX_BITS else None
+
+
 RISE = Method(
     name="rise",
     summary="random coarse masks, weighted by the class score each leaves",
@@ -80,7 +93,7 @@ RISE = Method(
     combine=combine,
     finish=lambda parameters: ("minmax",),
     passes=lambda facts, parameters: int(parameters["masks"]),
-    refuses=lambda facts, parameters: None,
+    refuses=refuses,
     share=share,
     needs_tap=False,
     pixels=True,

@@ -12,7 +12,7 @@ import onnx
 from onnx import numpy_helper
 from onnx.reference import ReferenceEvaluator
 
-from ..load import ModelFile
+from ..load import ModelFile, inline_external_data, read_external
 from .tap import Reading, Tap, ancestors, attribute, with_outputs
 
 Array = npt.NDArray[Any]
@@ -112,12 +112,15 @@ def _constant(reading: Reading, name: str) -> Array | None:
     proto = reading.model.proto
     tensors: Mapping[str, onnx.TensorProto] = {tensor.name: tensor for tensor in proto.graph.initializer}
     if name in tensors:
-        tensor = tensors[name]
-        return None if tensor.data_location == onnx.TensorProto.EXTERNAL else numpy_helper.to_array(tensor)
+        tensor = onnx.TensorProto()
+        tensor.CopyFrom(tensors[name])
+        read_external(tensor, reading.model)
+        return numpy_helper.to_array(tensor)
     if reading.model.input.name in ancestors(reading.graph, name, reading.producer):
         return None
     constants = with_outputs(proto, [name])
     del constants.graph.input[:]
+    inline_external_data(constants, reading.model)
     try:
         (value,) = ReferenceEvaluator(constants).run(None, {})
     except Exception:  # whatever the evaluator stumbles over: the value is then not known, which is the answer

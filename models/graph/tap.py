@@ -67,7 +67,7 @@ AxisRule = Callable[["Reading", onnx.NodeProto, Shape], Axes | None]
 
 
 class Reading:
-    """A classifier's graph with the shape and axes of every value at batch 1.
+    """A classifier's graph with the shape and axes of every value, at the file's batch size or 1.
 
     Args:
         model: the opened file.
@@ -77,11 +77,12 @@ class Reading:
     def __init__(self, model: ModelFile, size: tuple[int, int]) -> None:
         self.model = model
         skeleton = strip_weights(model.proto)
-        _set_input(skeleton, model, batch=1, size=size)
+        _set_input(skeleton, model, batch=model.input.batch or 1, size=size)
         self.graph = skeleton.graph
         self.producer = {name: node for node in self.graph.node for name in node.output if name}
         known = Shapes(skeleton)
         self.shapes, self.constants = known.shapes, known.constants
+        self.half = known.computes_in(TensorProto.FLOAT16, self.graph)
         h, w = size
         self.axes: dict[str, Axes] = {model.input.name: Axes(model.input.layout.lower(), (h, w))}
         self._from_image = {model.input.name}
@@ -148,7 +149,16 @@ class Reading:
             name = self.producer[name].input[0] if self.producer[name].input[0] in taps else name
         while self.producer[name].op_type in POOLING | PASSING and self.producer[name].input[0] in taps:
             name = self.producer[name].input[0]
-        return taps[name]
+        return taps[self._dequantised(name, taps)]
+
+    def _dequantised(self, name: str, taps: Mapping[str, Tap]) -> str:
+        """In a quantised file, what comes back from the quantiser: a tap before it would split the integer operator."""
+        for wanted in ("QuantizeLinear", "DequantizeLinear"):
+            users = [node for node in self.graph.node if name in node.input]
+            if len(users) != 1 or users[0].op_type != wanted or users[0].output[0] not in taps:
+                return name
+            name = users[0].output[0]
+        return name
 
     def choose(self, layer: str | None) -> Tap:
         """The asked layer (a value or node name), or the automatic choice.
@@ -215,6 +225,7 @@ def ancestors(graph: onnx.GraphProto, output: str, producer: Mapping[str, onnx.N
         found.add(name)
         if name in producer:
             waiting.extend(value for value in producer[name].input if value)
+            waiting.extend(_captured(producer[name]))
     return found
 
 
@@ -379,6 +390,11 @@ class Shapes:
             self._infer(node)
             self._fold(node)
 
+    def computes_in(self, kind: int, graph: onnx.GraphProto) -> bool:
+        """Whether a weighted operator works on this element type."""
+        inputs = [node.input[0] for node in graph.node if node.op_type in WEIGHTED]
+        return any(self._types[name].tensor_type.elem_type == kind for name in inputs if name in self._types)
+
     def _infer(self, node: onnx.NodeProto) -> None:
         try:
             schema = onnx.defs.get_schema(node.op_type, self._versions.get(node.domain, 1), node.domain)
@@ -440,8 +456,6 @@ def with_outputs(proto: onnx.ModelProto, names: Sequence[str]) -> onnx.ModelProt
     producer = {name: node for node in graph.node for name in node.output if name}
     needed: set[str] = set().union(*(ancestors(graph, name, producer) for name in names))
     kept = [node for node in graph.node if needed.intersection(node.output)]
-    for node in kept:
-        needed.update(_captured(node))
     weights = [tensor for tensor in graph.initializer if tensor.name in needed]
     if len(kept) < len(graph.node):
         nodes = [onnx.NodeProto.FromString(node.SerializeToString()) for node in kept]

@@ -59,7 +59,7 @@ def test_bf16_is_refused_where_it_would_be_emulated(openvino, monkeypatch):
     with pytest.raises(BackendError, match="no amx_bf16"):
         ort.open(b"graph", Profile(8, "bf16", "openvino"))
     with pytest.raises(BackendError, match="no bf16 on this machine"):
-        backends.choose("auto", None, "bf16", quantised=False)
+        backends.choose("auto", None, "bf16", own="fp32")
 
 
 def test_the_default_provider_is_the_runtimes_own(openvino):
@@ -76,10 +76,10 @@ def test_auto_measures_between_providers_of_one_precision(monkeypatch):
     ]
     monkeypatch.setattr(ort, "survey", lambda: offers)
     pick = backends.choose
-    assert [fit[1] for fit in pick("auto", None, "auto", quantised=False)] == ["cpu", "openvino"]
-    assert pick("auto", None, "bf16", quantised=False) == [("onnxruntime", "openvino", "bf16")]
-    assert pick("auto", "cpu", "auto", quantised=True) == [("onnxruntime", "cpu", "int8")]
-    assert pick("reference", None, "fp32", quantised=False) == [("reference", "numpy", "fp32")]
+    assert [fit[1] for fit in pick("auto", None, "auto", own="fp32")] == ["cpu", "openvino"]
+    assert pick("auto", None, "bf16", own="fp32") == [("onnxruntime", "openvino", "bf16")]
+    assert pick("auto", "cpu", "auto", own="int8") == [("onnxruntime", "cpu", "int8")]
+    assert pick("reference", None, "fp32", own="fp32") == [("reference", "numpy", "fp32")]
 
 
 def test_the_faster_session_is_kept(make_model, monkeypatch):

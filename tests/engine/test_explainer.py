@@ -12,7 +12,8 @@ from heatmill import BackendError, Explainer, InputError, ModelError
 from heatmill.engine import backends
 from heatmill.engine.backends import Profile, open_session
 from heatmill.engine.explainer import Engine
-from heatmill.engine.opening import batch_is_free, load, open_best
+from heatmill.engine.opening import load, open_best
+from heatmill.engine.trial import batch_is_free
 from heatmill.engine.types import Item, Target, class_index, parse_targets
 
 from heatmill.models.preprocess import decode, normalise, view  # isort: skip

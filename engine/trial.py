@@ -1,0 +1,188 @@
+"""One short try of a model before anything is planned on it: does it run, does it keep rows apart, how fast is it."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from .. import BackendError, ModelError
+from .backends import Session, choose, open_session
+from .backends.base import Profile
+from .opening import DEFAULT_BATCH, Loaded, blank_batch, open_best, require_classes
+from .types import Array
+
+TRIAL_SIZES = (8, 16, 32, 64)
+TRIAL_SECONDS = 8.0  # a trial batch predicted to take longer is not tried
+WORTH = 20 * DEFAULT_BATCH  # rows of planned work from which measuring batch sizes pays
+GAIN = 1.03  # a larger batch must be this much faster per row to be worth its memory
+
+
+@dataclass(frozen=True, slots=True)
+class Trial:
+    """What one try of a model told: how it will be run, and how fast it is."""
+
+    backend: str
+    provider: str
+    precision: str
+    version: str
+    batch_size: int
+    free_batch: bool
+    classes: int
+    rows_per_second: float
+    trials: Mapping[int, float] = field(default_factory=dict)
+
+
+def try_model(
+    loaded: Loaded,
+    backend: str = "auto",
+    provider: str | None = None,
+    precision: str = "auto",
+    batch_size: int | None = None,
+    rows: int = 0,
+    threads: int | None = None,
+) -> tuple[Trial, Session]:
+    """Open a model and run it on a few synthetic rows.
+
+    Args:
+        batch_size: rows per call; None measures which is best, where `rows` (the work planned) is worth it.
+
+    Raises:
+        ModelError: scores that depend on the other rows, or are not what the spec says.
+        BackendError: nothing on this machine gives the precision, or the runtime refuses the model.
+    """
+    fixed = loaded.model.input.batch
+    free = batch_is_free(loaded, backend, provider, precision)
+
+    def opened(size: int) -> Session:
+        return open_best(loaded, backend, provider, precision, size, threads)
+
+    size = batch_size or DEFAULT_BATCH
+    if not free and fixed is not None:
+        size = fixed
+    session = opened(size)
+    try:
+        apart = _rows_apart(loaded, session, min(size, 2) if session.flexible and free else size)
+    except Exception as err:
+        if fixed is not None or ran_out_of_memory(err):
+            raise
+        apart = False  # the graph hard-codes a batch of 1 behind an axis that it calls open
+    if not apart:
+        if fixed is not None:
+            raise ModelError(
+                f"{loaded.model.path.name}: in its batch of {fixed}, an image's scores depend on the other images; "
+                "export it with a dynamic batch, or a batch of 1"
+            )
+        size, free, session = 1, False, opened(1)
+    classes = _check(loaded, session, 2 if session.flexible and free and size > 1 else size)
+    trials: dict[int, float] = {}
+    if free and batch_size is None and rows > WORTH:
+        sessions = {size: session}
+
+        def seconds(count: int) -> float:
+            chosen = session if session.flexible else sessions.setdefault(count, opened(count))
+            return _seconds(loaded, chosen, count)
+
+        trials = _measure(seconds)
+        size = next(count for count, speed in trials.items() if speed * GAIN >= max(trials.values()))
+        session, speed = sessions.get(size, session), trials[size]
+    else:
+        count = min(size, 8) if session.flexible and free else size
+        speed = count / _seconds(loaded, session, count)
+    found = (session.backend, session.provider, session.precision, session.version, size, free, classes, speed, trials)
+    return Trial(*found), session
+
+
+def ran_out_of_memory(err: Exception) -> bool:
+    """Whether an error of Python or of a runtime says that no memory was left."""
+    text = str(err).lower()
+    return isinstance(err, MemoryError) or "failed to allocate memory" in text or "bad_alloc" in text
+
+
+def batch_is_free(loaded: Loaded, backend: str, provider: str | None, precision: str) -> bool:
+    """Whether the batch axis is open, or can be opened: then rows are packed to any batch size.
+
+    A fixed axis is tried on two random rows: together in one batch, each must score as it does alone in the file as
+    it is.
+    """
+    fixed = loaded.model.input.batch
+    if fixed is None:
+        return True
+    name, door, kind = choose(backend, provider, precision, loaded.own_precision)[0]
+    rows = _random_rows(loaded, 2)
+    key = loaded.model.input.name
+    try:
+        opened = open_session(name, loaded.serialized(dynamic=True), Profile(2, kind, door))
+        together = opened.run({key: rows}, [loaded.scores])[0]
+    except BackendError:
+        return False
+    except Exception:  # a runtime's own error on a graph that was not made for this: the file's batch size is kept
+        return False
+    original = open_session(name, loaded.serialized(dynamic=False), Profile(fixed, kind, door))
+    alone = [original.run({key: np.repeat(row[None], fixed, axis=0)}, [loaded.scores])[0][0] for row in rows]
+    same = len(together) == 2 and np.allclose(together.reshape(2, -1), np.reshape(alone, (2, -1)), rtol=1e-3, atol=1e-4)
+    return bool(same)
+
+
+def _measure(seconds: Callable[[int], float]) -> dict[int, float]:
+    """Rows per second by batch size, until a batch would take too long."""
+    speeds: dict[int, float] = {}
+    for count in TRIAL_SIZES:
+        if speeds and count / max(speeds.values()) > TRIAL_SECONDS:
+            break
+        try:
+            speeds[count] = count / min(seconds(count), seconds(count))
+        except Exception as err:
+            if not speeds or not ran_out_of_memory(err):
+                raise
+            break
+    return speeds
+
+
+def _seconds(loaded: Loaded, session: Session, rows: int) -> float:
+    batch = blank_batch(loaded, rows)
+    start = time.perf_counter()
+    session.run({loaded.model.input.name: batch}, [loaded.scores])
+    return time.perf_counter() - start
+
+
+def _random_rows(loaded: Loaded, rows: int, scale: float = 1.0) -> Array:
+    """Random images in 0 .. `scale`, the same ones at every call; for uint8 networks in pixels."""
+    values = np.random.default_rng(0).random(blank_batch(loaded, rows).shape) * scale
+    return (values * 255 if loaded.model.input.dtype == "uint8" else values).astype(loaded.model.input.dtype)
+
+
+def _rows_apart(loaded: Loaded, session: Session, rows: int) -> bool:
+    """Whether the first of `rows` keeps its scores when the others change.
+
+    The others are ten times brighter, which also shows where one scale is computed for the whole batch.
+    """
+    dark, bright = _random_rows(loaded, rows, 0.1), _random_rows(loaded, rows, 1.0)
+    bright[0] = dark[0]
+    alone, beside = (
+        session.run({loaded.model.input.name: batch}, [loaded.scores])[0].reshape(rows, -1)[0].astype(np.float64)
+        for batch in (dark, bright)
+    )
+    return bool(np.allclose(alone, beside, rtol=1e-2, atol=1e-3 * float(np.abs(alone).max()), equal_nan=True))
+
+
+def _check(loaded: Loaded, session: Session, rows: int) -> int:
+    """What comes out must be what the graph and the spec say. Returns the number of classes."""
+    name = loaded.model.path.name
+    outputs = [loaded.scores, *([loaded.tap.name] if loaded.tap else [])]
+    values = session.run({loaded.model.input.name: _random_rows(loaded, rows)}, outputs)
+    raw = values[0].reshape(rows, -1).astype(np.float64)
+    require_classes(loaded, raw.shape[1])
+    within = bool(np.isfinite(raw).all() and raw.min() >= -1e-3 and raw.max() <= 1 + 1e-3)
+    sums_to_one = within and bool(np.abs(raw.sum(axis=1) - 1).max() < 1e-2)
+    if loaded.posterior == "none" and loaded.spec.output == "probabilities" and not sums_to_one:
+        raise ModelError(f"{name}: the spec says probabilities, and a row of scores sums to {raw[0].sum():.3g}")
+    if loaded.posterior == "none" and loaded.spec.output == "sigmoid" and not within:
+        raise ModelError(f"{name}: the spec says sigmoid, and the scores reach from {raw.min():.3g} to {raw.max():.3g}")
+    if loaded.spec.output == "logits" and raw.shape[1] > 1 and sums_to_one:
+        raise ModelError(f"{name}: the spec says logits, and every row sums to 1; say --output probabilities")
+    if loaded.tap is not None:
+        loaded.tap.to_nchw(values[1])
+    return int(raw.shape[1])
