@@ -182,7 +182,7 @@ def test_every_backend_gives_the_standards_numbers(make_model, backend):
     np.testing.assert_allclose(features, truth[0], atol=1e-5)
     assert session.backend == backend
     with pytest.raises(BackendError):
-        open_session(backend, graph, Profile(3, precision="fp16"))
+        open_session(backend, graph, Profile(3, precision="bf16"))
     with pytest.raises(BackendError, match=r"refuses|can't run"):
         open_session(backend, b"not a model", Profile(3))
 
@@ -193,7 +193,8 @@ def test_every_backend_gives_the_standards_numbers(make_model, backend):
         ({"backend": "tensorflow"}, "no backend 'tensorflow'; known: reference, onnxruntime"),
         ({"provider": "rocm"}, "no provider 'rocm'; known: cpu"),
         ({"precision": "int8"}, "needs a quantised"),
-        ({"precision": "fp16"}, "no fp16 on this machine"),
+        ({"precision": "fp16"}, "needs a model file in half precision"),
+        ({"precision": "fp8"}, "no precision 'fp8'; known: auto, fp32"),
     ],
 )
 def test_a_backend_that_can_not_is_refused(make_model, options, message):
@@ -215,7 +216,7 @@ def test_a_quantised_file_runs_as_it_is(make_model, photographs):
     onnx.save(model, path)
     explainer = Explainer(path)
     assert explainer._session.precision == "int8"
-    assert explainer._loaded.tap.name == "features"
+    assert explainer._loaded.tap.name == "dequantised", "a tap before the quantiser would split the integer operator"
     assert np.isfinite(explainer.explain(files(photographs)[:2]).maps).all()
     with pytest.raises(BackendError, match="runs as it is"):
         Explainer(path, precision="bf16")
@@ -283,3 +284,149 @@ def test_external_weights_are_read_into_the_graph(make_model, photographs, tmp_p
     path.with_suffix(".json").write_text(plain.with_suffix(".json").read_text())
     assert onnx.load(path, load_external_data=False).graph.initializer[0].data_location == TensorProto.EXTERNAL
     np.testing.assert_array_equal(Explainer(path).explain(files(photographs)[:2]).maps, whole.maps)
+
+
+@pytest.mark.parametrize("batch", ["N", 4])
+def test_a_network_whose_rows_see_one_another_is_run_row_by_row_or_refused(make_model, photographs, batch):
+    path = mixing_rows(make_model(batch=batch))
+    if batch == 4:
+        with pytest.raises(ModelError, match="in its batch of 4, an image's scores depend on the other images"):
+            Explainer(path)
+    else:
+        assert Explainer(path)._rows == 1
+
+
+@pytest.mark.parametrize(
+    ("options", "spec", "message"),
+    [
+        ({}, {"output": "sigmoid"}, "the spec says sigmoid, and the scores reach from"),
+        ({}, {"output": "probabilities"}, "the spec says probabilities, and a row of scores sums to"),
+    ],
+)
+def test_scores_that_are_not_what_the_spec_says_are_refused(make_model, options, spec, message):
+    with pytest.raises(ModelError, match=message):
+        Explainer(make_model(spec=spec, **options))
+
+
+def test_a_softmax_spelled_out_is_not_taken_for_logits(make_model):
+    path = make_model()
+    model = onnx.load(path)
+    model.graph.node[-1].output[0] = "raw"
+    model.graph.node.append(helper.make_node("Exp", ["raw"], ["exp"]))
+    model.graph.node.append(helper.make_node("ReduceSum", ["exp"], ["total"], keepdims=1))
+    model.graph.node.append(helper.make_node("Div", ["exp", "total"], ["logits"]))
+    axes = numpy_helper.from_array(np.array([1]), "axes")
+    model.graph.initializer.append(axes)
+    model.graph.node[-2].input.append("axes")
+    onnx.save(model, path)
+    with pytest.raises(ModelError, match="every row sums to 1; say --output probabilities"):
+        Explainer(path)
+    assert Explainer(path, output="probabilities")
+
+
+def test_numeric_class_names_are_not_taken_for_numbers():
+    with pytest.raises(InputError, match="is class 1 by number and class 0 by name"):
+        class_index("1", 3, ("1", "2", "3"))
+    assert class_index("1", 3, ("0", "1", "2")) == 1
+    for word in ("²", "--5", "top³"):
+        with pytest.raises(InputError):
+            parse_targets([word], 5, ("ant",))
+
+
+def test_rows_without_scores_keep_what_was_asked(make_model, photographs):
+    path = make_model()
+    model = onnx.load(path)
+    for tensor in model.graph.initializer:
+        if tensor.name == "b3":
+            tensor.CopyFrom(numpy_helper.from_array(np.full(5, np.inf, np.float32), "b3"))
+    onnx.save(model, path)
+    loaded = load(path, ["score-cam"])
+    engine = Engine(loaded, open_best(loaded), [Target("top", 2), Target("class", 3), Target("label")], 8)
+    found = list(engine.stream([Item(0, np.zeros((3, 33, 29), np.float32), label=2)]))
+    asked = [(e.target, e.target_source, e.status) for e in found]
+    assert asked == [(t, s, "nonfinite") for t, s in ((-1, "top1"), (-1, "top2"), (3, "class"), (2, "label"))]
+
+
+def test_masked_passes_that_are_not_finite_end_their_request_and_no_other(make_model, photographs):
+    """A network that overflows where the image is dark: whole images are fine, masked ones are not."""
+    path = make_model()
+    model = onnx.load(path)
+    model.graph.node[-1].output[0] = "raw"
+    model.graph.node.append(helper.make_node("ReduceMean", ["input"], ["light"], axes=[1, 2, 3], keepdims=0))
+    model.graph.initializer.append(numpy_helper.from_array(np.float32(0.5), "least"))
+    model.graph.initializer.append(numpy_helper.from_array(np.array([1]), "axis"))
+    model.graph.node.append(helper.make_node("Sub", ["light", "least"], ["above"]))
+    model.graph.node.append(helper.make_node("Sqrt", ["above"], ["root"]))
+    model.graph.node.append(helper.make_node("Unsqueeze", ["root", "axis"], ["column"]))
+    model.graph.node.append(helper.make_node("Add", ["raw", "column"], ["logits"]))
+    onnx.save(model, path)
+    images = [np.full((3, 33, 29), 1.0, np.float32), np.full((3, 33, 29), 50.0, np.float32)]
+    images[0][:, :5] = 0.3
+    images[1][:, :9] = 20.0
+    loaded = load(path, ["rise:masks=300"])
+    engine = Engine(loaded, open_best(loaded, batch_size=16), [Target("predicted")], 16)
+    found = {e.key: e for e in engine.stream(Item(i, image) for i, image in enumerate(images))}
+    assert found[0].status == "nonfinite"
+    assert found[0].map is None
+    assert found[1].status == "ok"
+    assert np.isfinite(found[1].map).all()
+    assert engine.stages.rows < 2 + 2 * 300, "the rest of the lost request was not run"
+
+
+@pytest.mark.parametrize(
+    ("images", "message"),
+    [
+        ("cat.jpg", r"images is a list; for one image give \['cat.jpg'\]"),
+        ([np.zeros((33, 29, 4), np.uint8)], "of 3 channels"),
+        ([np.zeros((3, 33, 29), np.uint8)], "of 3 channels"),
+    ],
+)
+def test_pictures_of_another_form_are_refused(make_model, images, message):
+    with pytest.raises(InputError, match=message):
+        Explainer(make_model()).explain(images)
+
+
+def test_ready_floats_are_not_given_to_a_uint8_network(make_model):
+    path = make_model(dtype=TensorProto.UINT8, spec={"mean": [0, 0, 0], "std": [1, 1, 1]})
+    with pytest.raises(InputError, match="takes uint8 pixels"):
+        Explainer(path, method="cam").explain(np.zeros((1, 3, 33, 29), np.float32))
+
+
+def test_cam_reads_external_weights(make_model, photographs, tmp_path):
+    plain = make_model("plain.onnx")
+    path = tmp_path / "apart.onnx"
+    onnx.save(onnx.load(plain), path, save_as_external_data=True, location="weights.bin", size_threshold=0)
+    path.with_suffix(".json").write_text(plain.with_suffix(".json").read_text())
+    whole, apart = (Explainer(p, method="cam").explain(files(photographs)[:1]).maps for p in (plain, path))
+    np.testing.assert_array_equal(whole, apart)
+
+
+def test_a_tap_read_only_inside_a_branch_is_followed(make_model, photographs):
+    plain = make_model("plain.onnx")
+    path = make_model("branch.onnx")
+    model = onnx.load(path)
+    branches = [
+        helper.make_graph(
+            [helper.make_node("GlobalAveragePool", ["features"], [f"pooled_{name}"])],
+            name,
+            [],
+            [helper.make_tensor_value_info(f"pooled_{name}", TensorProto.FLOAT, None)],
+        )
+        for name in ("then", "else")
+    ]
+    model.graph.initializer.append(numpy_helper.from_array(np.array(True), "always"))
+    at = next(i for i, node in enumerate(model.graph.node) if node.op_type == "GlobalAveragePool")
+    model.graph.node[at].CopyFrom(
+        helper.make_node("If", ["always"], ["pooled"], then_branch=branches[0], else_branch=branches[1])
+    )
+    onnx.save(model, path)
+    branched = Explainer(path, layer="features").explain(files(photographs)[:1])
+    np.testing.assert_allclose(branched.maps, Explainer(plain).explain(files(photographs)[:1]).maps, atol=1e-6)
+
+
+def test_a_streamed_explanation_finishes_itself(make_model, photographs):
+    explainer = Explainer(make_model(), method="score-cam:variant=grad-cam")
+    whole = explainer.explain(files(photographs)[:2])
+    for explanation in explainer.stream(files(photographs)[:2]):
+        np.testing.assert_array_equal(explanation.saliency(), whole.saliency()[explanation.key, 0])
+        np.testing.assert_array_equal(explanation.upsampled(), whole.upsampled()[explanation.key, 0])
