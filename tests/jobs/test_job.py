@@ -31,7 +31,7 @@ from heatmill.engine.jobs import job as jobs
 from heatmill.engine.jobs import plan as plans
 from heatmill.engine.jobs import store, worker
 from heatmill.engine.jobs.plan import Job
-from heatmill.engine.jobs.probe import Probe
+from heatmill.engine.trial import Trial
 
 PATIENCE = 60  # seconds; a safety net, nothing here waits for it unless it fails
 LABELS = ["ant", "bee", "cat", "great white", "emu"]
@@ -71,10 +71,11 @@ LAUNCH = """
 import sys
 import onnxruntime
 from heatmill.cli import main
-from heatmill.engine.jobs import job, plan, probe
+from heatmill.engine.jobs import job, plan
+from heatmill.engine.trial import Trial
 plan.MAX_SHARD_ROWS = 2
 if sys.argv.pop(1) == "quick":
-    known = probe.Probe("onnxruntime", "cpu", "fp32", onnxruntime.__version__, 2, True, 5, 1000.0)
+    known = Trial("onnxruntime", "cpu", "fp32", onnxruntime.__version__, 2, True, 5, 1000.0)
     job._probe = lambda *others: known
 main()
 """
@@ -102,7 +103,7 @@ def site(tmp_path, monkeypatch):
 @pytest.fixture
 def quick(monkeypatch):
     """Without the process that tries the model first."""
-    known = Probe("onnxruntime", "cpu", "fp32", onnxruntime.__version__, 8, True, 5, 1000.0)
+    known = Trial("onnxruntime", "cpu", "fp32", onnxruntime.__version__, 8, True, 5, 1000.0)
     monkeypatch.setattr(jobs, "_probe", lambda job, *others: known)
     return known
 
@@ -201,15 +202,15 @@ def test_its_maps_are_those_of_the_python_api(whole, model, photos):
 
 
 @pytest.mark.parametrize(
-    ("batch_size", "workers", "shard_rows"), [(1, 1, 4096), (7, 3, 1), (32, 2, 4), (None, None, 2)]
+    ("batch_size", "workers", "shard_images"), [(1, 1, 256), (7, 3, 1), (32, 2, 4), (None, None, 2)]
 )
 def test_results_do_not_depend_on_batch_workers_or_shards(
-    whole, model, photos, tmp_path, monkeypatch, batch_size, workers, shard_rows
+    whole, model, photos, tmp_path, monkeypatch, batch_size, workers, shard_images
 ):
-    monkeypatch.setattr(plans, "MAX_SHARD_ROWS", shard_rows)
+    monkeypatch.setattr(plans, "MAX_SHARD_ROWS", shard_images * len(METHODS) * 5)
     out = tmp_path / "run"
     explained(model, photos, out, methods=METHODS, targets=TARGETS, batch_size=batch_size, workers=workers)
-    assert len(parts(out)) == -(-12 // min(shard_rows, 16))
+    assert len(parts(out)) == -(-12 // shard_images)
     assert_same(content(out), content(whole[0]), tolerance=1e-5)
 
 
@@ -978,11 +979,13 @@ def test_a_read_only_disk(whole, model, photos, disk, quick):
 
 def test_shards_are_about_a_minute(whole, model, photos):
     loaded, source, targets = plans.open_job(Job(model=model, inputs=(photos,), out=Path("run"), methods=("cam",)))
-    for speed, rows in ((0.001, 1), (1, 32), (2.2, 128), (1e6, 4096)):
-        known = Probe("onnxruntime", "cpu", "fp32", "1", 8, True, 5, speed)
+    several = plans.open_job(Job(model=model, inputs=(photos,), out=Path("run"), targets=("top3",), methods=("cam",)))
+    for speed, images, of_several in ((0.001, 1, 1), (1, 32, 32), (2.2, 128, 128), (1e6, 4096, 1024)):
+        known = Trial("onnxruntime", "cpu", "fp32", "1", 8, True, 5, speed)
         job = Job(model=model, inputs=(photos,), out=Path("run"))
         plan = plans.freeze(job, loaded, source, targets, known)
-        assert plan.shard_rows == rows
+        assert plan.shard_rows == images
+        assert plans.freeze(job, *several, known).shard_rows == of_several
         covered = [row for shard in plan.shards for row in plan.rows(shard)]
         assert covered == list(range(12))
 

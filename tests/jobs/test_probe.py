@@ -14,8 +14,7 @@ import pytest
 from onnx import TensorProto, helper, numpy_helper
 
 from heatmill import HeatmillError, ModelError
-from heatmill.engine import opening
-from heatmill.engine.jobs import probe as probing
+from heatmill.engine import opening, trial
 from heatmill.engine.jobs.probe import probe
 
 NETS = 60  # seconds; nothing here waits for them unless it fails
@@ -213,16 +212,16 @@ def test_the_batch_size_is_measured_where_it_is_worth_it(model):
 
 def test_trials_end_where_a_batch_takes_too_long_or_too_much_memory():
     seconds = {8: 4.0, 16: 9.0}
-    assert probing._trials(seconds.__getitem__) == {8: 2.0, 16: pytest.approx(16 / 9)}
+    assert trial._measure(seconds.__getitem__) == {8: 2.0, 16: pytest.approx(16 / 9)}
 
     def hungry(rows):
         if rows > 8:
             raise RuntimeError("Failed to allocate memory for requested buffer of size 1")
         return 1.0
 
-    assert probing._trials(hungry) == {8: 8.0}
+    assert trial._measure(hungry) == {8: 8.0}
     with pytest.raises(KeyError):
-        probing._trials({8: 1.0}.__getitem__)
+        trial._measure({8: 1.0}.__getitem__)
 
 
 class Strict:
@@ -256,14 +255,14 @@ class Strict:
 )
 def test_rows_are_packed_where_the_graph_keeps_them_apart(model, monkeypatch, strict, proto, options, batch_size, free):
     opened = opening.open_session
+
+    def strictly(name, graph, profile):
+        return Strict(opened(name, graph, profile), profile.batch_size)
+
     if strict:
-        monkeypatch.setattr(
-            opening,
-            "open_session",
-            lambda name, graph, profile: Strict(opened(name, graph, profile), profile.batch_size),
-        )
-    arguments = {"model": str(model(proto, **options)), "methods": ["rise"]}
-    found = probing._try(arguments, "onnxruntime", "cpu", "auto", None, 0)
+        monkeypatch.setattr(opening, "open_session", strictly)
+    loaded = opening.load(model(proto, **options), ["rise"])
+    found, _ = trial.try_model(loaded, "onnxruntime", "cpu", "auto")
     assert (found.batch_size, found.free_batch, found.classes) == (batch_size, free, 5)
 
 
