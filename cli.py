@@ -24,6 +24,8 @@ Command = Callable[..., Any]
 
 
 class Interrupted(HeatmillError):
+    """Stopped by Ctrl-C."""
+
     exit_code = 130
 
 

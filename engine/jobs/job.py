@@ -216,8 +216,10 @@ def _lock(run: Path) -> Iterator[None]:
     with handle:
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
+        except BlockingIOError:
             raise InputError(f"{run}: another heatmill is at work on this run; wait for it or stop it") from None
+        except OSError:  # a file system without locks, as some clusters have; parts are whole even if two write them
+            pass
         for left in (run / "_tmp").iterdir():
             if left.name != "lock":
                 left.unlink(missing_ok=True)

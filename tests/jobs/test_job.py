@@ -1,6 +1,7 @@
 """Whole runs: what they hold, what they survive, and what they refuse."""
 
 import contextlib
+import errno
 import fcntl
 import io
 import json
@@ -50,7 +51,7 @@ def hostile(data, **options):
     if b"HANGS" in data:
         time.sleep(10000)
     if b"IS SLOW" in data:
-        time.sleep(0.15)
+        time.sleep(0.1)
     if b"EATS MEMORY" in data:
         raise MemoryError
     if b"FINDS A BUG" in data:
@@ -557,6 +558,14 @@ def test_one_process_per_run(whole, model, photos, tmp_path, quick, monkeypatch)
     assert_same(content(tmp_path / "other"), content(whole[0]))
 
 
+def test_a_file_system_without_locks(model, photos, tmp_path, quick, monkeypatch):
+    def refuse(*arguments):
+        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+
+    monkeypatch.setattr(fcntl, "flock", refuse)
+    assert explained(model, photos, tmp_path / "run").exit_code == 0
+
+
 # --- targets that only the running model shows to be wrong ---------------------------------------------------
 
 
@@ -620,9 +629,8 @@ def deaths(run):
     return [line for line in lines if line["event"] == "death"]
 
 
-@pytest.mark.parametrize("shard_rows", [2, 16])
-def test_an_image_that_kills_the_worker(model, photos, tmp_path, site, quick, monkeypatch, calm, shard_rows):
-    monkeypatch.setattr(plans, "MAX_SHARD_ROWS", shard_rows)
+def test_an_image_that_kills_the_worker(model, photos, tmp_path, site, quick, monkeypatch, calm):
+    monkeypatch.setattr(plans, "MAX_SHARD_ROWS", 2)
     folder = shutil.copytree(photos, tmp_path / "photos")
     append(folder / "photo4.png", "KILLS")
     out = tmp_path / "run"
@@ -641,14 +649,14 @@ def test_an_image_that_kills_the_worker(model, photos, tmp_path, site, quick, mo
 def test_an_image_that_hangs(model, photos, tmp_path, site, quick, monkeypatch, capfd):
     idle = worker.Marks.idle_seconds.fget
     monkeypatch.setattr(worker.Marks, "idle_seconds", property(lambda marks: idle(marks) if marks.rows() else 0))
-    monkeypatch.setattr(jobs, "STALL_SECONDS", 1.5)
+    monkeypatch.setattr(jobs, "STALL_SECONDS", 1.0)
     monkeypatch.setattr(plans, "MAX_SHARD_ROWS", 4)
     folder = shutil.copytree(photos, tmp_path / "photos")
     append(folder / "sub" / "photo5.png", "HANGS")
     summary = jobs.explain(Job(model=model, inputs=(folder,), out=tmp_path / "run", methods=("cam",), max_bad=1))
     assert summary.statuses == {"ok": 11, "worker_crash": 1}
     assert 3 <= summary.deaths <= 5  # a busy machine may stall an innocent image as long, once
-    assert capfd.readouterr().err.count("the worker got nothing done for 1.5 s; ending it\n") == summary.deaths
+    assert capfd.readouterr().err.count("the worker got nothing done for 1 s; ending it\n") == summary.deaths
 
 
 def test_the_death_budget_ends_a_call_and_the_next_goes_on(model, photos, tmp_path, site, quick, monkeypatch):
