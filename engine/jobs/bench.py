@@ -22,6 +22,7 @@ from ..explainer import Engine, Stages
 from ..opening import Loaded, blank_batch, load
 from ..trial import try_model
 from ..types import Item, Target
+from .child import settle, shielded
 from .sources import list_source
 from .worker import prepare
 
@@ -125,7 +126,8 @@ def _bare_peak(model: Path, session: Session, feed: dict[str, Any], output: str)
     ours, theirs = context.Pipe(duplex=False)
     how = (str(model), session.backend, session.provider, session.precision, feed, output)
     child = context.Process(target=_run_bare, args=(theirs, *how), daemon=True)
-    child.start()
+    with shielded():
+        child.start()
     theirs.close()
     try:
         peak: float = ours.recv()
@@ -139,6 +141,7 @@ def _bare_peak(model: Path, session: Session, feed: dict[str, Any], output: str)
 def _run_bare(
     answer: Connection, model: str, backend: str, provider: str, precision: str, feed: dict[str, Any], output: str
 ) -> None:
+    settle()
     rows = len(next(iter(feed.values())))
     session = open_session(backend, Path(model).read_bytes(), Profile(rows, precision, provider))
     for _ in range(2):

@@ -96,6 +96,7 @@ def _trial(model: str, arguments: dict[str, Any]) -> dict[str, Any]:
         "provider": probed.provider,
         "precision": probed.precision,
         "any_batch_size": probed.free_batch,
+        "batch_size": probed.batch_size,
         "classes": probed.classes,
         "rows_per_second": round(probed.rows_per_second, 2),
     }
@@ -176,7 +177,7 @@ def describe_text(found: dict[str, Any]) -> str:
 def _trial_text(trial: dict[str, Any]) -> str:
     if not trial["runs"]:
         return f"refused: {trial['reason']}"
-    batch = "any batch size" if trial["any_batch_size"] else "the file's own batch size only"
+    batch = "any batch size" if trial["any_batch_size"] else f"batches of {trial['batch_size']} only"
     how = f"{trial['backend']} ({trial['provider']}), {trial['precision']}, {batch}"
     return f"{how}; {trial['classes']} classes, about {trial['rows_per_second']:.3g} rows/s"
 

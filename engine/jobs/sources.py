@@ -42,6 +42,7 @@ _FILE_SCHEME = "file:///"
 _SCHEME = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+://")
 _SCHEME_PATH = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+:/")  # pathlib makes s3:/bucket of s3://bucket
 _ABSENT = (-1, -1)
+_RUN_FILES = {"run.json", "plan", "data"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,8 +63,8 @@ def list_source(inputs: Sequence[Path], *, limit: int | None = None) -> Source:
     """The images of folders, image files and manifests together.
 
     A folder is walked to the bottom; its images are told by their suffix (`IMAGE_SUFFIXES`, in any case) and
-    their ids are paths relative to it, with forward slashes. Names that begin with a dot and links to folders
-    are passed by; links to files are taken. An image file's id is its name. A manifest (.csv in UTF-8 with a
+    their ids are paths relative to it, with forward slashes. Names that begin with a dot, links to folders
+    and folders of runs are passed by; links to files are taken. An image file's id is its name. A manifest (.csv in UTF-8 with a
     header, .parquet) has a column `uri`, `path` or `file` (the first of these), relative to the manifest's
     folder, and may have `id` (else the uri's text), `target` or `label`, and `boxes`: "x0 y0 x1 y1;..." or,
     in Parquet, a list of such structs or fours.
@@ -180,18 +181,19 @@ def _folder(root: str) -> pa.Table:
         below = pending.pop()
         folder = os.path.join(root, below)
         try:
-            with os.scandir(folder) as entries:
-                for entry in entries:
-                    if entry.name.startswith("."):
-                        continue
-                    if entry.is_dir(follow_symlinks=False):
-                        pending.append(f"{below}{entry.name}/")
-                    elif os.path.splitext(entry.name)[1].lower() not in IMAGE_SUFFIXES:
-                        others += 1
-                    elif (found := _stat(entry)) is not None:
-                        ids.append(below + entry.name)
-                        uris.append(entry.path)
-                        stats.append(found)
+            with os.scandir(folder) as listing:
+                entries = [entry for entry in listing if not entry.name.startswith(".")]
+            if below and _RUN_FILES <= {entry.name for entry in entries}:
+                continue  # a run among the images: its report's pictures are not photographs
+            for entry in entries:
+                if entry.is_dir(follow_symlinks=False):
+                    pending.append(f"{below}{entry.name}/")
+                elif os.path.splitext(entry.name)[1].lower() not in IMAGE_SUFFIXES:
+                    others += 1
+                elif (found := _stat(entry)) is not None:
+                    ids.append(below + entry.name)
+                    uris.append(entry.path)
+                    stats.append(found)
         except OSError as err:
             raise InputError(
                 f"cannot list the folder {_name(folder)} ({err.strerror}); make it readable or give a manifest"

@@ -504,3 +504,13 @@ def test_read_of_a_file_that_shrinks_meanwhile(tmp_path, monkeypatch):
     monkeypatch.setattr(sources.os, "fstat", shrunk)
     with pytest.raises(ImageRefused, match=r"changed: .*gave 2 bytes of 6"):
         read(str(path), before.st_size, before.st_mtime_ns)
+
+
+def test_a_run_among_the_images_is_passed_by(tmp_path):
+    (tmp_path / "photo.jpg").write_bytes(b"x")
+    run = tmp_path / "runs" / "one"
+    for folder in ("plan", "data", "report/overlays"):
+        (run / folder).mkdir(parents=True)
+    (run / "run.json").write_text("{}")
+    (run / "report" / "overlays" / "photo.jpg--cam.png").write_bytes(b"x")
+    assert list_source([tmp_path]).table["id"].to_pylist() == ["photo.jpg"]
