@@ -147,10 +147,12 @@ def memory(data: Path) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as folder:
         for case, (method, limit) in cases.items():
             images = enough(data, Path(folder), limit)
-            found = cli("bench", model, images, "-m", method, "--limit", limit, "--rounds", 1)
+            found = cli("bench", model, images, "-m", method, "--limit", limit, "--rounds", 1, "--batch-size", 32)
             results[case] = {"peak_mb": found["peak_mb"], "images": found["images"], "batch_size": found["batch_size"]}
     resnet = data / "models" / "resnet50.onnx"
-    found = cli("bench", resnet, data / "images" / "ccby", "-m", "score-cam", "--limit", 1, "--rounds", 1)
+    found = cli(
+        "bench", resnet, data / "images" / "ccby", "-m", "score-cam", "--limit", 1, "--rounds", 1, "--batch-size", 32
+    )
     return {**results, "resnet50 score-cam, 1 image": {"peak_mb": found["peak_mb"]}}
 
 

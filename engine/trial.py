@@ -79,15 +79,10 @@ def try_model(
     classes = _check(loaded, session, 2 if session.flexible and free and size > 1 else size)
     trials: dict[int, float] = {}
     if free and batch_size is None and rows > WORTH:
-        sessions = {size: session}
-
-        def seconds(count: int) -> float:
-            chosen = session if session.flexible else sessions.setdefault(count, opened(count))
-            return _seconds(loaded, chosen, count)
-
-        trials = _measure(seconds)
+        measured = session
+        trials = _measure(lambda count: _seconds(loaded, measured if measured.flexible else opened(count), count))
         size = next(count for count, speed in trials.items() if speed * GAIN >= max(trials.values()))
-        session, speed = sessions.get(size, session), trials[size]
+        session, speed = opened(size), trials[size]  # anew: the one that was measured keeps the largest batch's memory
     else:
         count = min(size, 8) if session.flexible and free else size
         speed = count / _seconds(loaded, session, count)

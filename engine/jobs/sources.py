@@ -64,8 +64,8 @@ def list_source(inputs: Sequence[Path], *, limit: int | None = None) -> Source:
 
     A folder is walked to the bottom; its images are told by their suffix (`IMAGE_SUFFIXES`, in any case) and
     their ids are paths relative to it, with forward slashes. Names that begin with a dot, links to folders
-    and folders of runs are passed by; links to files are taken. An image file's id is its name. A manifest (.csv in UTF-8 with a
-    header, .parquet) has a column `uri`, `path` or `file` (the first of these), relative to the manifest's
+    and folders of runs are passed by; links to files are taken. An image file's id is its name. A manifest (.csv in
+    UTF-8 with a header, .parquet) has a column `uri`, `path` or `file` (the first of these), relative to the manifest's
     folder, and may have `id` (else the uri's text), `target` or `label`, and `boxes`: "x0 y0 x1 y1;..." or,
     in Parquet, a list of such structs or fours.
 
@@ -183,7 +183,7 @@ def _folder(root: str) -> pa.Table:
         try:
             with os.scandir(folder) as listing:
                 entries = [entry for entry in listing if not entry.name.startswith(".")]
-            if below and _RUN_FILES <= {entry.name for entry in entries}:
+            if below and _RUN_FILES.issubset(entry.name for entry in entries):
                 continue  # a run among the images: its report's pictures are not photographs
             for entry in entries:
                 if entry.is_dir(follow_symlinks=False):
