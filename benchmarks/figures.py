@@ -135,11 +135,9 @@ def overhead(data: Path) -> dict[str, Any]:
 def memory(data: Path) -> dict[str, Any]:
     model = data / "models" / "efficientnet_lite0.onnx"
     cases = {
-        "score-cam, 4 images": ("score-cam", 4),
-        "rise 512 masks, 10 images": ("rise:masks=512", 10),
-        "rise 2048 masks, 10 images": ("rise:masks=2048", 10),
-        "rise 16 masks, 10 images": ("rise:masks=16", 10),
-        "rise 16 masks, 711 images": ("rise:masks=16", 711),
+        "score-cam, 2 images": ("score-cam", 2),
+        "rise 512 masks, 2 images": ("rise:masks=512", 2),
+        "rise 2048 masks, 2 images": ("rise:masks=2048", 2),
         "cam, 10 images": ("cam", 10),
         "cam, 1000 images": ("cam", 1000),
     }
@@ -149,11 +147,9 @@ def memory(data: Path) -> dict[str, Any]:
             images = enough(data, Path(folder), limit)
             found = cli("bench", model, images, "-m", method, "--limit", limit, "--rounds", 1, "--batch-size", 32)
             results[case] = {"peak_mb": found["peak_mb"], "images": found["images"], "batch_size": found["batch_size"]}
-    resnet = data / "models" / "resnet50.onnx"
-    found = cli(
-        "bench", resnet, data / "images" / "ccby", "-m", "score-cam", "--limit", 1, "--rounds", 1, "--batch-size", 32
-    )
-    return {**results, "resnet50 score-cam, 1 image": {"peak_mb": found["peak_mb"]}}
+    resnet, images = data / "models" / "resnet50.onnx", data / "images" / "ccby"
+    found = cli("bench", resnet, images, "-m", "rise:masks=256", "--limit", 1, "--rounds", 1, "--batch-size", 32)
+    return {**results, "resnet50 rise 256 masks, 1 image": {"peak_mb": found["peak_mb"]}}
 
 
 def enough(data: Path, folder: Path, count: int) -> Path:
