@@ -455,12 +455,12 @@ def _first_convolution(graph: onnx.GraphProto, image: str) -> tuple[str, int | N
         elif source is not None and node.op_type in _PIXELWISE:
             orders[node.output[0]] = orders[source]
         elif source is not None and node.op_type == "Transpose":
-            perm = _attribute(node, "perm", (3, 2, 1, 0))
+            perm = attribute(node, "perm", (3, 2, 1, 0))
             orders[node.output[0]] = tuple(orders[source][axis] for axis in perm)
         elif source is not None and node.op_type in ("Conv", "QLinearConv"):
             kernel = kernels.get(node.input[1 if node.op_type == "Conv" else 3], ())
             if len(kernel) == 4 and orders[source] in layouts:
-                return layouts[orders[source]], kernel[1] * _attribute(node, "group", 1)
+                return layouts[orders[source]], kernel[1] * attribute(node, "group", 1)
             break
     return "NCHW", None
 
@@ -527,7 +527,7 @@ def _output_kind(graph: onnx.GraphProto, output: str, classes: int | None, shape
     if node is None or kind != "probabilities":
         return kind
     shape = shapes.get(node.input[0], (None, None))
-    axis = _attribute(node, "axis", 1 if opset < 13 else -1)
+    axis = attribute(node, "axis", 1 if opset < 13 else -1)
     axis += len(shape) if axis < 0 else 0
     if opset < 13 and node.op_type == "Softmax":  # over all axes from this one on
         return kind if axis == 1 else "logits"
@@ -535,7 +535,8 @@ def _output_kind(graph: onnx.GraphProto, output: str, classes: int | None, shape
     return kind if over_classes else "logits"
 
 
-def _attribute(node: onnx.NodeProto, name: str, default: Any) -> Any:
+def attribute(node: onnx.NodeProto, name: str, default: Any) -> Any:
+    """A node's attribute as a Python value."""
     found = next((a for a in node.attribute if a.name == name), None)
     return default if found is None else onnx.helper.get_attribute_value(found)
 

@@ -12,8 +12,8 @@ import onnx
 from onnx import numpy_helper
 from onnx.reference import ReferenceEvaluator
 
-from ..load import ModelFile, inline_external_data, read_external
-from .tap import Reading, Tap, ancestors, attribute, with_outputs
+from ..load import ModelFile, attribute, inline_external_data, read_external
+from .tap import Reading, Tap, ancestors, with_outputs
 
 Array = npt.NDArray[Any]
 

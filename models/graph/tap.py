@@ -20,7 +20,7 @@ from onnx import TensorProto, helper, numpy_helper, shape_inference
 from onnx.reference import ReferenceEvaluator
 
 from ... import ModelError
-from ..load import ModelFile, strip_weights
+from ..load import ModelFile, attribute, strip_weights
 
 Array = npt.NDArray[Any]
 Shape = tuple[int, ...]
@@ -338,14 +338,6 @@ AXES: dict[str, AxisRule] = {
     "Slice": cut_tokens,
     "MatMul": matmul,
 }
-
-
-def attribute(node: onnx.NodeProto, name: str, default: Any) -> Any:
-    """A node's attribute as a Python value."""
-    for found in node.attribute:
-        if found.name == name:
-            return helper.get_attribute_value(found)
-    return default
 
 
 # ----- shapes and the graph that is run -----
