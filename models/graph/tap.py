@@ -77,7 +77,7 @@ class Reading:
     def __init__(self, model: ModelFile, size: tuple[int, int]) -> None:
         self.model = model
         skeleton = strip_weights(model.proto)
-        _set_input(skeleton, model, batch=model.input.batch or 1, size=size)
+        set_input(skeleton, model, batch=model.input.batch or 1, size=size)
         self.graph = skeleton.graph
         self.producer = {name: node for node in self.graph.node for name in node.output if name}
         known = Shapes(skeleton)
@@ -343,7 +343,7 @@ AXES: dict[str, AxisRule] = {
 # ----- shapes and the graph that is run -----
 
 
-def _set_input(proto: onnx.ModelProto, model: ModelFile, batch: int | str, size: tuple[int, int] | None) -> None:
+def set_input(proto: onnx.ModelProto, model: ModelFile, batch: int | str, size: tuple[int, int] | None) -> None:
     for value in proto.graph.input:
         if value.name == model.input.name:
             dims = value.type.tensor_type.shape.dim
@@ -483,7 +483,7 @@ def make_batch_dynamic(proto: onnx.ModelProto, model: ModelFile) -> None:
     fixed = model.input.batch
     if fixed is None:
         return
-    _set_input(proto, model, "N", None)
+    set_input(proto, model, "N", None)
     del proto.graph.value_info[:]
     for output in proto.graph.output:
         if output.HasField("type"):

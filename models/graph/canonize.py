@@ -1,0 +1,372 @@
+"""One form for every exporter's graph before a backward graph is made of it.
+
+Constants are worked out, the batch axis is open where it can be, every float is of one type, batch normalisation is
+folded into the linear operator before it, and every value's shape is known, with None for an axis that follows the
+batch.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Collection, Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import onnx
+from onnx import TensorProto, helper, numpy_helper, version_converter
+from onnx.reference import ReferenceEvaluator
+
+from ... import ModelError
+from ..load import ModelFile, inline_external_data, strip_weights
+from .tap import Shapes, make_batch_dynamic, set_input, with_outputs
+
+Array = npt.NDArray[Any]
+Dims = tuple[int | None, ...]
+
+LEAST_OPSET = 13
+RAISED_OPSET = 18
+FLOATS = (TensorProto.FLOAT, TensorProto.FLOAT16, TensorProto.DOUBLE, TensorProto.BFLOAT16)
+MAX_FOLDED = 1 << 28  # numbers in a constant that is worked out here
+NO_SLOPE = frozenset({"Shape", "Size", "ArgMax", "ArgMin", "Sign", "Floor", "Ceil", "Round", "NonZero", "OneHot"}) | {
+    *("Equal", "Greater", "GreaterOrEqual", "Less", "LessOrEqual", "And", "Or", "Not", "Xor", "IsNaN", "IsInf")
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Op:
+    """A node, with its attributes as Python values."""
+
+    kind: str
+    name: str
+    inputs: tuple[str, ...]
+    outputs: tuple[str, ...]
+    attributes: Mapping[str, Any] = field(default_factory=dict)
+
+    def get(self, name: str, default: Any) -> Any:
+        """An attribute, or what it is where the node leaves it out."""
+        return self.attributes.get(name, default)
+
+    @property
+    def text(self) -> str:
+        """How an error names it."""
+        return f"{self.kind} {self.name or self.outputs[0]!r}"
+
+
+class Graph:
+    """A canonical classifier: its nodes in order, what each value's shape is, and which values are constant.
+
+    Attributes:
+        proto: the graph with its weights, `scores` and the kept values as outputs.
+        image: the first floating value of the image: the input, or what a Cast makes of it.
+        scores: the raw scores.
+        dtype: the floating type of every value.
+    """
+
+    def __init__(
+        self,
+        proto: onnx.ModelProto,
+        model: ModelFile,
+        scores: str,
+        shapes: Mapping[str, Dims],
+        dtype: npt.DTypeLike = np.float32,
+    ) -> None:
+        self.proto = proto
+        self.dtype = np.dtype(dtype)
+        self.scores = scores
+        self.file = model.path.name
+        self.input = model.input.name
+        self.shapes = shapes
+        self.ops = [_op(node) for node in proto.graph.node]
+        self.producer = {name: op for op in self.ops for name in op.outputs if name}
+        self.users: dict[str, list[Op]] = {}
+        for op in self.ops:
+            for name in dict.fromkeys(op.inputs):
+                self.users.setdefault(name, []).append(op)
+        self._tensors = {tensor.name: tensor for tensor in proto.graph.initializer}
+        self._arrays: dict[str, Array] = {}
+        self.opset = _opset(proto)
+        self.image = self._first_float()
+
+    def constant(self, name: str) -> Array | None:
+        """The value of a constant, None for what is computed from the image (or left out)."""
+        if name not in self._tensors:
+            return None
+        if name not in self._arrays:
+            array = numpy_helper.to_array(self._tensors[name])
+            if array.size > 4096:  # a view of the weight's own bytes: nothing to keep
+                return array
+            self._arrays[name] = array
+        return self._arrays[name]
+
+    def shape(self, name: str) -> Dims:
+        """The sizes of a value, None for an axis that follows the batch.
+
+        Raises:
+            ModelError: it could not be worked out.
+        """
+        shape = self.shapes.get(name)
+        if shape is None:
+            raise ModelError(f"{self.file}: the shape of {name!r} is computed from the image's content")
+        return shape
+
+    def dependents(self, ends: Iterable[str]) -> set[str]:
+        """All values that change smoothly with one of `ends`, themselves included."""
+        found = set(ends)
+        for op in self.ops:
+            if op.kind not in NO_SLOPE and not found.isdisjoint(op.inputs):
+                found.update(name for name in op.outputs if name)
+        return found
+
+    @property
+    def names(self) -> set[str]:
+        """Every name in use."""
+        used = {name for op in self.ops for name in (*op.inputs, *op.outputs, op.name)}
+        return used | set(self._tensors) | {self.input}
+
+    def _first_float(self) -> str:
+        name, kinds = self.input, {value.name: value.type.tensor_type.elem_type for value in self.proto.graph.input}
+        if kinds[name] in FLOATS:
+            users = self.users.get(name, [])
+            if len(users) == 1 and users[0].kind == "Cast" and users[0].get("to", 0) in FLOATS:
+                return users[0].outputs[0]
+            return name
+        while True:
+            users = self.users.get(name, [])
+            if len(users) != 1 or users[0].kind not in ("Cast", "Transpose", "Identity", "DequantizeLinear"):
+                raise ModelError(f"{self.file}: found no float form of the image {self.input!r} to differentiate at")
+            name = users[0].outputs[0]
+            if users[0].kind == "DequantizeLinear" or users[0].get("to", 0) in FLOATS:
+                return name
+
+
+def canonize(
+    model: ModelFile,
+    size: tuple[int, int],
+    scores: str,
+    keep: Collection[str] = (),
+    *,
+    free_batch: bool = True,
+    dtype: npt.DTypeLike = np.float32,
+    fold_norm: bool = True,
+) -> Graph:
+    """A classifier in canonical form.
+
+    Args:
+        model: the opened file; it is not changed.
+        size: (height, width) of the input.
+        scores: the raw scores (`head.raw_scores`).
+        keep: values that stay, because a map is read there.
+        free_batch: whether the batch axis is opened where the file fixes it.
+        dtype: what every float becomes; maps of fp16 files are computed in fp32 too.
+        fold_norm: fold batch normalisation into the operator before it.
+
+    Raises:
+        ModelError: the graph can't be raised to opset 13, or has more than 2 GiB of weights.
+    """
+    proto = with_outputs(model.proto, [scores, *keep])
+    _drop_weight_inputs(proto)
+    inline_external_data(proto, model)
+    if _opset(proto) < LEAST_OPSET:
+        proto = _raised(proto, model)
+    if free_batch:
+        make_batch_dynamic(proto, model)
+    _cast_floats(proto, np.dtype(dtype))
+    _fold_constants(proto)
+    if fold_norm:
+        _fold_norm(proto, set(keep))
+    batches = (2, 3) if free_batch or model.input.batch is None else (model.input.batch,)
+    shapes = [_shapes(proto, model, batch, size) for batch in batches]
+    return Graph(proto, model, scores, _merged(shapes, batches), dtype)
+
+
+def _op(node: onnx.NodeProto) -> Op:
+    attributes = {}
+    for found in node.attribute:
+        value = helper.get_attribute_value(found)
+        attributes[found.name] = value.decode() if isinstance(value, bytes) else value
+    return Op(node.op_type, node.name, tuple(node.input), tuple(node.output), attributes)
+
+
+def _opset(proto: onnx.ModelProto) -> int:
+    return next((opset.version for opset in proto.opset_import if opset.domain in ("", "ai.onnx")), 1)
+
+
+def _drop_weight_inputs(proto: onnx.ModelProto) -> None:
+    """Files of IR version 3 list their weights among the inputs."""
+    weights = {tensor.name for tensor in proto.graph.initializer}
+    kept = [value for value in proto.graph.input if value.name not in weights]
+    if len(kept) < len(proto.graph.input):
+        values = [onnx.ValueInfoProto.FromString(value.SerializeToString()) for value in kept]
+        del proto.graph.input[:]
+        proto.graph.input.extend(values)
+    proto.ir_version = max(proto.ir_version, 8)
+
+
+def _raised(proto: onnx.ModelProto, model: ModelFile) -> onnx.ModelProto:
+    """The graph at a newer opset; the weights do not pass through onnx's converter, which copies them many times."""
+    tensors = {tensor.name: tensor for tensor in proto.graph.initializer}
+    try:
+        raised = version_converter.convert_version(strip_weights(proto), RAISED_OPSET)
+    except Exception as err:
+        reason = " ".join(str(err).split())[:200]
+        raise ModelError(
+            f"{model.path}: its opset {_opset(proto)} can't be raised to {RAISED_OPSET}, which backward graphs need "
+            f"({reason}); export it with opset {LEAST_OPSET} or later"
+        ) from None
+    for tensor in raised.graph.initializer:
+        if tensor.name in tensors:
+            tensor.CopyFrom(tensors[tensor.name])
+    del raised.graph.value_info[:]
+    return raised
+
+
+def _cast_floats(proto: onnx.ModelProto, dtype: np.dtype[Any]) -> None:
+    """Every float of the graph becomes of one type; the image keeps its own and is cast once."""
+    wanted = helper.np_dtype_to_tensor_dtype(dtype)
+    others = [kind for kind in FLOATS if kind != wanted]
+    graph = proto.graph
+    tensors = list(graph.initializer)
+    for node in graph.node:
+        for found in node.attribute:
+            if found.type == onnx.AttributeProto.TENSOR:
+                tensors.append(found.t)
+            elif node.op_type == "Cast" and found.name == "to" and found.i in others:
+                found.i = wanted
+    for tensor in tensors:
+        if tensor.data_type in others:
+            tensor.CopyFrom(numpy_helper.from_array(numpy_helper.to_array(tensor).astype(dtype), tensor.name))
+    for value in graph.output:
+        if value.type.tensor_type.elem_type in others:
+            value.type.tensor_type.elem_type = wanted
+    for value in graph.input:
+        if value.type.tensor_type.elem_type in others:
+            cast = f"{value.name}_{dtype.name}"
+            for node in graph.node:
+                for i, name in enumerate(node.input):
+                    if name == value.name:
+                        node.input[i] = cast
+            graph.node.insert(0, helper.make_node("Cast", [value.name], [cast], name=cast, to=wanted))
+
+
+def _fold_constants(proto: onnx.ModelProto) -> None:
+    """Work out every node whose inputs are all constant; what it gives becomes an initializer."""
+    graph = proto.graph
+    known = {tensor.name: tensor for tensor in graph.initializer}
+    outputs = {value.name for value in graph.output}
+    kept, opsets = [], list(proto.opset_import)
+    for node in graph.node:
+        inputs = [name for name in node.input if name]
+        constant = all(name in known for name in inputs) and not any(
+            found.type in (onnx.AttributeProto.GRAPH, onnx.AttributeProto.GRAPHS) for found in node.attribute
+        )
+        if not constant or not outputs.isdisjoint(node.output) or node.op_type.startswith("Random"):
+            kept.append(node)
+            continue
+        values = [onnx.ValueInfoProto(name=name) for name in dict.fromkeys(inputs)]
+        results = [onnx.ValueInfoProto(name=name) for name in node.output if name]
+        alone = helper.make_model(helper.make_graph([node], "constant", values, results), opset_imports=opsets)
+        try:
+            arrays = ReferenceEvaluator(alone).run(None, {name: numpy_helper.to_array(known[name]) for name in inputs})
+        except Exception:  # an operator the evaluator lacks: it stays a node
+            kept.append(node)
+            continue
+        for value, array in zip(results, arrays, strict=True):
+            array = np.asarray(array)
+            if array.size > MAX_FOLDED:
+                raise ModelError(f"constant {value.name!r} would have {array.size} values")
+            known[value.name] = numpy_helper.from_array(np.ascontiguousarray(array).reshape(array.shape), value.name)
+    _replace(proto, kept, known)
+
+
+def _fold_norm(proto: onnx.ModelProto, keep: set[str]) -> None:
+    """BatchNormalization into the Conv, ConvTranspose or Gemm that alone feeds it."""
+    graph = proto.graph
+    keep = keep | {value.name for value in graph.output}
+    known = {tensor.name: tensor for tensor in graph.initializer}
+    producer = {name: node for node in graph.node for name in node.output}
+    uses: dict[str, int] = {}
+    for node in graph.node:
+        for name in node.input:
+            uses[name] = uses.get(name, 0) + 1
+    gone = []
+    for norm in [node for node in graph.node if node.op_type == "BatchNormalization"]:
+        linear, value = producer.get(norm.input[0]), norm.input[0]
+        if linear is None or linear.op_type not in ("Conv", "ConvTranspose", "Gemm"):
+            continue
+        constants = [*linear.input[1:], *norm.input[1:]]
+        if uses[value] != 1 or value in keep or any(name and name not in known for name in constants):
+            continue
+        scale, shift, mean, variance = (numpy_helper.to_array(known[name]) for name in norm.input[1:])
+        epsilon = next((found.f for found in norm.attribute if found.name == "epsilon"), 1e-5)
+        factor = scale.astype(np.float64) / np.sqrt(variance.astype(np.float64) + epsilon)
+        weight = numpy_helper.to_array(known[linear.input[1]])
+        attributes = {found.name: helper.get_attribute_value(found) for found in linear.attribute}
+        axis, count = 0, len(factor)
+        if linear.op_type == "ConvTranspose":
+            if attributes.get("group", 1) != 1:
+                continue
+            axis = 1
+        elif linear.op_type == "Gemm":
+            axis = 0 if attributes.get("transB", 0) else 1
+            if attributes.get("beta", 1.0) != 1.0:
+                continue
+        along = [count if i == axis else 1 for i in range(weight.ndim)]
+        has_bias = len(linear.input) > 2 and linear.input[2]
+        bias = numpy_helper.to_array(known[linear.input[2]]) if has_bias else np.zeros(count)
+        folded = {
+            f"{norm.output[0]}/weight": weight * factor.reshape(along),
+            f"{norm.output[0]}/bias": (bias - mean) * factor + shift,
+        }
+        for name, array in folded.items():
+            known[name] = numpy_helper.from_array(array.astype(weight.dtype), name)
+        del linear.input[1:]
+        linear.input.extend(folded)
+        linear.output[0] = norm.output[0]
+        gone.append(norm)
+    if gone:
+        _replace(proto, [node for node in graph.node if not any(node is norm for norm in gone)], known)
+
+
+def _replace(proto: onnx.ModelProto, nodes: list[onnx.NodeProto], known: Mapping[str, TensorProto]) -> None:
+    """New nodes and constants; constants that nothing reads any more are dropped."""
+    graph = proto.graph
+    used = {name for node in nodes for name in node.input} | {value.name for value in graph.output}
+    copies = [onnx.NodeProto.FromString(node.SerializeToString()) for node in nodes]
+    tensors = [known[name] for name in known if name in used]
+    tensors = [TensorProto.FromString(tensor.SerializeToString()) for tensor in tensors]
+    del graph.node[:]
+    graph.node.extend(copies)
+    del graph.initializer[:]
+    graph.initializer.extend(tensors)
+
+
+def _shapes(
+    proto: onnx.ModelProto, model: ModelFile, batch: int, size: tuple[int, int]
+) -> Mapping[str, tuple[int, ...]]:
+    skeleton = strip_weights(proto, keep_bytes=1 << 15)
+    del skeleton.graph.value_info[:]
+    set_input(skeleton, model, batch=batch, size=size)
+    return Shapes(skeleton).shapes
+
+
+def _merged(found: list[Mapping[str, tuple[int, ...]]], batches: tuple[int, ...]) -> dict[str, Dims]:
+    """Sizes that agree at both batch sizes are fixed; those that grow with the batch are None."""
+    if len(batches) == 1:
+        return dict(found[0])
+    first, second = found
+    merged: dict[str, Dims] = {}
+    for name, shape in first.items():
+        other = second.get(name, ())
+        if len(other) != len(shape):
+            continue
+        pairs = list(zip(shape, other, strict=True))
+        if all(a == b or a * batches[1] == b * batches[0] for a, b in pairs):
+            merged[name] = tuple(a if a == b else None for a, b in pairs)
+    return merged
+
+
+def product(sizes: Iterable[int | None]) -> int:
+    """Of sizes that are all known."""
+    return math.prod(size for size in sizes if size is not None)
