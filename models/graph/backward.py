@@ -159,7 +159,14 @@ class Walk:
         return results
 
 
-def build(graph: Graph, requests: Sequence[Request], targets: int, ranks: int = 0, keep: Sequence[str] = ()) -> Built:
+def build(
+    graph: Graph,
+    requests: Sequence[Request],
+    targets: int,
+    ranks: int = 0,
+    keep: Sequence[str] = (),
+    portable: bool = False,
+) -> Built:
     """Forward and backward in one graph.
 
     Args:
