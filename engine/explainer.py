@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import time
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -17,9 +18,11 @@ from ..models.preprocess import ImageRefused, decode, normalise, view
 from ..models.spec import ModelSpec
 from .backends import Session, first_line
 from .opening import Loaded, blank_batch, load
-from .schedule import Run, Scheduler
+from .passes import Passed, Passes, open_passes
+from .schedule import NETWORK, OBSERVE, Batch, Run, Scheduler
 from .trial import try_model
 from .types import (
+    Combined,
     Expansion,
     Explanation,
     GridBank,
@@ -27,14 +30,14 @@ from .types import (
     MapBank,
     MethodCall,
     Observation,
+    PathBank,
+    Returned,
     Target,
     parse_targets,
     target_rows,
 )
 
 Array = npt.NDArray[Any]
-
-BLUR = (51, 50.0)  # kernel size and sigma of the blurred baseline (Group-CAM's, METHODS section 2)
 
 
 def _black(image: Array, spec: ModelSpec) -> Array:
@@ -47,13 +50,15 @@ def _mean(image: Array, spec: ModelSpec) -> Array:
     return np.asarray(image.mean(axis=axes, keepdims=True, dtype=np.float64), dtype=np.float32)
 
 
-def _blurred(image: Array, spec: ModelSpec) -> Array:
+def _blurred(image: Array, spec: ModelSpec, size: str = "51", sigma: str = "50") -> Array:
+    """Kernel size and sigma are Group-CAM's where none are given."""
+    kernel, deviation = int(size), float(sigma)
     if spec.layout == "NCHW":
-        return host.blur(image.astype(np.float32), *BLUR)
-    return host.blur(image.transpose(2, 0, 1).astype(np.float32), *BLUR).transpose(1, 2, 0)
+        return host.blur(image.astype(np.float32), kernel, deviation)
+    return host.blur(image.transpose(2, 0, 1).astype(np.float32), kernel, deviation).transpose(1, 2, 0)
 
 
-BASELINES: dict[str, Callable[[Array, ModelSpec], Array | None]] = {
+BASELINES: dict[str, Callable[..., Array | None]] = {
     "zero": lambda image, spec: None,
     "black": _black,
     "mean": _mean,
@@ -79,23 +84,26 @@ class Stages:
 class _State:
     item: Item
     targets: list[tuple[int, str]] = field(default_factory=list)
-    observation: Observation | None = None
+    raw: Array | None = None
+    observations: dict[int, Observation] = field(default_factory=dict)
     expansions: dict[int, Expansion] = field(default_factory=dict)
     baselines: dict[str, Array | None] = field(default_factory=dict)
-    scores: dict[int, Array] = field(default_factory=dict)
+    results: dict[int, Array] = field(default_factory=dict)
+    combined: dict[int, Combined] = field(default_factory=dict)
     left: int = 0
 
 
 class Engine:
-    """The loop: keeps a session's batches full with the observations and masked rows of many images.
+    """The loop: keeps batches full with the observations and perturbed rows of many images.
 
     Args:
         loaded: the model.
         session: opened on `loaded.serialized(...)`.
         targets: the classes asked of every image.
-        batch_size: rows per call.
-        seed: of the random masks.
+        batch_size: rows per call of the network.
+        seed: of the random masks and noise.
         on_batch: called after every batch with its number of rows.
+        passes: `open_passes` for the same targets, where a method needs a backward graph.
     """
 
     def __init__(
@@ -106,22 +114,29 @@ class Engine:
         batch_size: int,
         seed: int = 0,
         on_batch: Callable[[int], None] = lambda rows: None,
+        passes: Passes | None = None,
     ) -> None:
         self.loaded = loaded
         self.session = session
         self.targets = tuple(targets)
         self.batch_size = batch_size
+        self.passes = passes or Passes()
         self.stages = Stages()
         self._on_batch = on_batch
+        self._seed = seed
         self._flexible = session.flexible and loaded.model.input.batch != batch_size
         facts = loaded.facts
         calls = loaded.calls
         self._shared = [
             call.method.share(facts, call.parameters, seed) if call.method.share else None for call in calls
         ]
+        self._asked = [call.method.backward(facts, call.parameters) for call in calls]
         self._expected = sum(call.method.passes(facts, call.parameters) for call in calls)
-        self._buffer = blank_batch(loaded, batch_size)
-        self._masks = np.empty((batch_size, *facts.size), dtype=np.float32)
+        self._lanes: dict[Hashable, int] = {request: taken.batch_size for request, taken in self.passes.through.items()}
+        if self._lanes or self.passes.observe:
+            self._lanes[OBSERVE] = self.passes.observe.batch_size if self.passes.observe else batch_size
+        self._buffer = blank_batch(loaded, max([batch_size, *self._lanes.values()]))
+        self._masks = np.empty((len(self._buffer), *facts.size), dtype=np.float32)
         self._states: dict[Hashable, _State] = {}
 
     def stream(self, items: Iterable[Item]) -> Iterator[Explanation]:
@@ -129,7 +144,7 @@ class Engine:
 
         Items are drawn one by one, when the batches need them: memory does not grow with their number.
         """
-        scheduler = Scheduler(self.batch_size, self._expected)
+        scheduler = Scheduler(self.batch_size, self._expected, self._lanes)
         source = iter(items)
         exhausted = False
         while True:
@@ -145,32 +160,30 @@ class Engine:
                 scheduler.add_image(item.key)
             self.stages.prepare += time.perf_counter() - start
             batch = scheduler.next_batch()
-            if not batch:
+            if batch is None:
                 break
             yield from self._run(scheduler, batch)
         self.stages.slots += scheduler.slots_issued
 
-    def _run(self, scheduler: Scheduler, batch: tuple[Run, ...]) -> Iterator[Explanation]:
-        stages, observing = self.stages, any(run.observe for run in batch)
+    def _run(self, scheduler: Scheduler, batch: Batch) -> Iterator[Explanation]:
+        stages = self.stages
         clock = [time.perf_counter()]
-        rows = max(run.slots.stop for run in batch)
-        for run in batch:
+        rows = max(run.slots.stop for run in batch.runs)
+        for run in batch.runs:
             self._fill(run)
         clock.append(time.perf_counter())
-        names = [self.loaded.scores, *([self.loaded.tap.name] if self.loaded.tap and observing else [])]
-        size = rows if self._flexible else self.batch_size
-        outputs = self.session.run({self.loaded.model.input.name: self._buffer[:size]}, names)
-        raw = outputs[0].reshape(size, -1)
+        passed = self._passed(batch, rows)
         clock.append(time.perf_counter())
-        finished = []
-        for run in batch:
+        finished: list[Hashable] = []
+        for run in batch.runs:
             if run.observe:
-                features = self.loaded.tap.to_nchw(outputs[1][run.slots])[0].copy() if self.loaded.tap else None
-                finished += self._observe(scheduler, run, raw[run.slot].astype(np.float32), features)
+                finished += self._observe(scheduler, run, passed)
+            elif batch.lane == NETWORK:
+                finished += self._score(scheduler, run, passed.raw[run.slots])
             else:
-                finished += self._score(scheduler, run, raw[run.slots])
+                finished += self._sum(scheduler, run, passed)
         clock.append(time.perf_counter())
-        done = [explanation for key in finished for explanation in self._combine(key)]
+        done = [explanation for key in finished for explanation in self._explained(key)]
         clock.append(time.perf_counter())
         stages.perturb += clock[1] - clock[0]
         stages.network += clock[2] - clock[1]
@@ -181,6 +194,46 @@ class Engine:
         self._on_batch(rows)
         yield from done
 
+    def _passed(self, batch: Batch, rows: int) -> Passed:
+        """Run a batch through its lane's graph."""
+        if batch.lane == NETWORK or (batch.lane == OBSERVE and self.passes.observe is None):
+            tap = self.loaded.tap if any(run.observe for run in batch.runs) else None
+            size = rows if self._flexible else batch.size
+            names = [self.loaded.scores, *([tap.name] if tap else [])]
+            outputs = self.session.run({self.loaded.model.input.name: self._buffer[:size]}, names)
+            features = tap.to_nchw(outputs[1]) if tap else None
+            return Passed(outputs[0].reshape(size, -1), np.empty((size, 0), np.int64), features, {})
+        chosen = self.passes.observe if batch.lane == OBSERVE else self.passes.through[batch.lane]  # type: ignore[index]
+        if chosen is None:
+            raise RuntimeError(f"no graph for lane {batch.lane!r}")
+        size = rows if self._flexible and chosen.session.flexible else batch.size
+        targets = np.zeros((size, sum(target.count for target in self.targets) if batch.lane == OBSERVE else 1), int)
+        starts: Array | None = None
+        for run in batch.runs:
+            if run.observe:
+                targets[run.slot] = self._wanted(self._states[run.key].item.label)
+                continue
+            key, method = run.key
+            state = self._states[key]
+            expansion, taken = state.expansions[method], slice(run.start, run.stop)
+            targets[run.slots, 0] = state.observations[method].targets[_of(expansion)[taken]]
+            if expansion.starts is not None:
+                starts = np.zeros((size, *expansion.starts.shape[1:]), np.float32) if starts is None else starts
+                starts[run.slots] = expansion.starts[taken]
+        return chosen.run(self._buffer[:size], targets, starts)
+
+    def _wanted(self, label: int | None) -> list[int]:
+        """The targets as a backward graph takes them: classes, and -r for rank r."""
+        wanted: list[int] = []
+        for target in self.targets:
+            if target.kind == "top":
+                wanted += [-rank for rank in range(1, target.value + 1)]
+            elif target.kind == "label":
+                wanted.append(_labelled(label))
+            else:
+                wanted.append(-1 if target.kind == "predicted" else target.value)
+        return wanted
+
     def _fill(self, run: Run) -> None:
         place = self._buffer[run.slots]
         if run.observe:
@@ -189,72 +242,154 @@ class Engine:
         key, method = run.key
         state = self._states[key]
         expansion = state.expansions[method]
-        masks = self._masks[: run.stop - run.start]
+        image, name = state.item.image, expansion.baseline
         bank, rows = expansion.bank, slice(run.start, run.stop)
+        if bank is None:
+            place[:] = image
+            return
+        if name not in state.baselines:
+            kind, *options = name.split(":")
+            state.baselines[name] = BASELINES[kind](image, self.loaded.spec, *options)
+        baseline, layout = state.baselines[name], self.loaded.spec.layout
+        masks = self._masks[: run.stop - run.start]
+        if isinstance(bank, PathBank):
+            masks[:] = bank.shares[rows, None, None]
+            for i, draw in enumerate(bank.draws[rows]):
+                start = image if draw < 0 else self._noisy(run.key, image, int(draw), bank.noise)
+                host.blend(start, masks[i : i + 1], baseline, layout, out=place[i : i + 1])
+            return
         if isinstance(bank, MapBank):
             host.upsample(bank.maps[rows], self.loaded.facts.size, bank.rule, out=masks)
         elif isinstance(bank, GridBank):
             host.grid_masks(bank.bits[rows], bank.offsets[rows], self.loaded.facts.size, out=masks)
-        image, name = state.item.image, expansion.baseline
-        if name not in state.baselines:
-            state.baselines[name] = BASELINES[name](image, self.loaded.spec)
-        host.blend(image, masks, state.baselines[name], self.loaded.spec.layout, out=place)
+        host.blend(image, masks, baseline, layout, out=place)
 
-    def _observe(self, scheduler: Scheduler, run: Run, raw: Array, features: Array | None) -> list[Hashable]:
-        state = self._states[run.key]
-        state.observation = Observation(state.item.image, raw, features)
+    def _noisy(self, key: tuple[Hashable, int], image: Array, draw: int, share: float) -> Array:
+        """The image plus a draw of Gaussian noise that depends on the seed, the image, the method and its number."""
+        name = f"{key[0]}/{self.loaded.calls[key[1]].method.name}"
+        digest = int.from_bytes(hashlib.blake2b(name.encode(), digest_size=8).digest(), "little")
+        generator = np.random.Generator(np.random.Philox(key=[self._seed, digest], counter=[0, 0, 0, draw]))
+        deviation = share * (float(image.max()) - float(image.min()))
+        return np.asarray(image + deviation * generator.standard_normal(image.shape, dtype=np.float32))
+
+    def _observe(self, scheduler: Scheduler, run: Run, passed: Passed) -> list[Hashable]:
+        state, slot = self._states[run.key], run.slot
+        raw = passed.raw[slot].astype(np.float32)
+        features = None if passed.features is None else passed.features[slot].copy()
+        state.raw = raw
         if not np.isfinite(raw).all() or (features is not None and not np.isfinite(features).all()):
             return [run.key]
-        state.targets = self._resolve(raw, state.item.label)
+        state.targets = self._resolve(raw, state.item.label, passed.classes[slot])
+        classes = np.array([target for target, _ in state.targets])
         for method, call in enumerate(self.loaded.calls):
-            shared = self._shared[method]
-            expansion = call.method.expand(self.loaded.facts, state.observation, call.parameters, shared)
-            state.expansions[method] = expansion
-            rows = len(expansion.bank) if expansion.bank is not None else 0
-            state.scores[method] = np.zeros((len(state.targets), rows), dtype=np.float32)
-            if rows:
-                scheduler.add_rows((run.key, method), rows)
-                state.left += 1
+            returned = tuple(
+                Returned(passed.returned[request].values[slot].copy(), passed.returned[request].kept[slot].copy())
+                for request in self._asked[method]
+            )
+            observation = Observation(state.item.image, raw, classes, features, returned)
+            state.observations[method] = observation
+            expansion = call.method.expand(self.loaded.facts, observation, call.parameters, self._shared[method])
+            self._expand(scheduler, state, method, expansion)
         return [] if state.left else [run.key]
 
-    def _resolve(self, raw: Array, label: int | None) -> list[tuple[int, str]]:
+    def _expand(self, scheduler: Scheduler, state: _State, method: int, expansion: Expansion) -> None:
+        """Queue an expansion's rows; without any, it is combined at once."""
+        while True:
+            state.expansions[method] = expansion
+            rows = _rows(expansion)
+            if rows:
+                count = len(state.targets)
+                state.results[method] = np.zeros((count, rows), dtype=np.float32)
+                lane: Hashable = NETWORK
+                if expansion.through is not None:
+                    lane = expansion.through
+                    state.results.pop(method)
+                scheduler.add_rows((state.item.key, method), rows, lane)
+                state.left += 1
+                return
+            state.results[method] = np.zeros((len(state.targets), 0), dtype=np.float32)
+            following = self._combine(state, method)
+            if following is None:
+                return
+            expansion = following
+
+    def _combine(self, state: _State, method: int) -> Expansion | None:
+        """Combine what a method's rows gave; returns the next rows where it wants more."""
+        call, results = self.loaded.calls[method], state.results[method]
+        observation, expansion = state.observations[method], state.expansions[method]
+        if np.isfinite(results).all():
+            combined = call.method.combine(self.loaded.facts, observation, expansion, results, call.parameters)
+            if isinstance(combined, Expansion):
+                return combined
+            state.combined[method] = combined
+        return None
+
+    def _resolve(self, raw: Array, label: int | None, classes: Array) -> list[tuple[int, str]]:
+        """The class and source of each target; a backward graph has already said which classes it took."""
+        if len(classes):
+            sources = [source for _, source in target_rows(self.targets, label)]
+            return [(int(found), source) for found, source in zip(classes, sources, strict=True)]
         ranked = np.argsort(-raw, kind="stable")
-        resolved: list[tuple[int, str]] = []
-        for target in self.targets:
-            if target.kind == "predicted":
-                resolved.append((int(ranked[0]), "predicted"))
-            elif target.kind == "top":
-                resolved += [(int(index), f"top{rank}") for rank, index in enumerate(ranked[: target.value], 1)]
-            elif target.kind == "label":
-                if label is None:
-                    raise InputError("target 'label' is asked, and an image has no label")
-                resolved.append((label, "label"))
-            else:
-                resolved.append((target.value, "class"))
-        return resolved
+        wanted = [int(ranked[-target - 1]) if target < 0 else target for target in self._wanted(label)]
+        return list(zip(wanted, [source for _, source in target_rows(self.targets, label)], strict=True))
 
     def _score(self, scheduler: Scheduler, run: Run, raw: Array) -> list[Hashable]:
         key, method = run.key
         state = self._states[key]
         kind = self.loaded.posterior if state.expansions[method].score == "posterior" else "none"
-        classes = np.array([target for target, _ in state.targets])
+        classes = state.observations[method].targets
         scores = host.class_scores(raw, classes, kind).T
-        state.scores[method][:, run.start : run.stop] = scores
-        finite = bool(np.isfinite(scores).all())
+        state.results[method][:, run.start : run.stop] = scores
+        return self._folded(scheduler, run, bool(np.isfinite(scores).all()))
+
+    def _sum(self, scheduler: Scheduler, run: Run, passed: Passed) -> list[Hashable]:
+        """Add what came back for some rows to their targets' sums."""
+        key, method = run.key
+        state, call = self._states[key], self.loaded.calls[method]
+        expansion = state.expansions[method]
+        (returned,) = passed.returned.values()
+        of = _of(expansion)
+        for row, slot in zip(range(run.start, run.stop), range(run.slots.start, run.slots.stop), strict=True):
+            value = returned.values[slot, 0]
+            if call.method.read is not None:
+                shown = Observation(
+                    image=self._channels_first(self._buffer[slot]),
+                    raw=passed.raw[slot],
+                    targets=state.observations[method].targets[of[row] : of[row] + 1],
+                    features=None if passed.features is None else passed.features[slot],
+                    returned=(Returned(returned.values[slot], returned.kept[slot]),),
+                )
+                value = call.method.read(self.loaded.facts, shown, row, expansion, call.parameters)
+            if method not in state.results:
+                state.results[method] = np.zeros((len(state.targets), *value.shape), dtype=np.float64)
+            weight = 1.0 if expansion.weights is None else float(expansion.weights[row])
+            state.results[method][of[row]] += weight * value
+        return self._folded(scheduler, run, bool(np.isfinite(state.results[method]).all()))
+
+    def _folded(self, scheduler: Scheduler, run: Run, finite: bool) -> list[Hashable]:
+        """After some rows of a request: which image is finished by them."""
+        key, method = run.key
+        state = self._states[key]
         if not finite:  # no map can come of it: its other passes are not run
             scheduler.cancel(run.key)
-            state.scores[method][:] = np.nan
-        if not finite or scheduler.complete(run):
-            state.left -= 1
-            return [] if state.left else [key]
-        return []
+            state.results[method][:] = np.nan
+        if finite and not scheduler.complete(run):
+            return []
+        state.left -= 1
+        following = self._combine(state, method)
+        if following is not None:
+            self._expand(scheduler, state, method, following)
+        return [] if state.left else [key]
 
-    def _combine(self, key: Hashable) -> Iterator[Explanation]:
+    def _channels_first(self, image: Array) -> Array:
+        image = image.astype(np.float32, copy=False)
+        return image if self.loaded.spec.layout == "NCHW" else image.transpose(2, 0, 1)
+
+    def _explained(self, key: Hashable) -> Iterator[Explanation]:
         state = self._states.pop(key)
-        observation = state.observation
-        if observation is None:
+        raw = state.raw
+        if raw is None:
             raise RuntimeError(f"item {key!r} finished before it was observed")
-        raw = observation.raw
         if not state.targets:
             pred = int(np.nanargmax(raw)) if np.isfinite(raw).any() else -1
             for call in self.loaded.calls:
@@ -266,16 +401,15 @@ class Engine:
         pred = int(np.argmax(raw))
         posterior = host.class_scores(raw[None], np.append(classes, pred), self.loaded.posterior)[0]
         for method, call in enumerate(self.loaded.calls):
-            expansion, scores = state.expansions[method], state.scores[method]
-            combined = call.method.combine(self.loaded.facts, observation, expansion, scores, classes, call.parameters)
+            expansion, combined = state.expansions[method], state.combined.get(method)
             for k, (target, source) in enumerate(state.targets):
-                raw_map = np.ascontiguousarray(combined.maps[k])
-                if not np.isfinite(scores[k]).all() or not np.isfinite(raw_map).all():
+                raw_map = None if combined is None else np.ascontiguousarray(combined.maps[k], dtype=np.float32)
+                if combined is None or raw_map is None or not np.isfinite(raw_map).all():
                     yield self._nonfinite(key, call, target, source, float(posterior[k]), pred, float(posterior[-1]))
                     continue
                 extras = {**expansion.extras, **combined.extras[k]}
                 if finish.flat(raw_map[None])[0]:
-                    extras["reason"] = "flat: every position weighs the same"
+                    extras.setdefault("reason", "flat: every position weighs the same")
                 yield Explanation(
                     key,
                     call,
@@ -297,6 +431,26 @@ class Engine:
         error = "the network gave a value that is not finite"
         size = self.loaded.facts.size
         return Explanation(key, call, target, source, score, pred, pred_score, "nonfinite", error, None, {}, size)
+
+
+def _rows(expansion: Expansion) -> int:
+    """How many passes an expansion asks for."""
+    if expansion.bank is not None:
+        return len(expansion.bank)
+    return 0 if expansion.starts is None else len(expansion.starts)
+
+
+def _of(expansion: Expansion) -> Array:
+    """Which target each row of a backward pass belongs to."""
+    if expansion.of is None:
+        raise ValueError("rows through a backward pass must say which target each belongs to")
+    return expansion.of
+
+
+def _labelled(label: int | None) -> int:
+    if label is None:
+        raise InputError("target 'label' is asked, and an image has no label")
+    return label
 
 
 @dataclass(frozen=True, slots=True)
@@ -384,8 +538,12 @@ class Explainer:
             raise
         except Exception as err:
             raise ModelError(f"{model}: running the model failed ({first_line(err)[:300]})") from err
-        self._loaded.release()
-        self._rows, self._seed = trial.batch_size, seed
+        self._rows, self._seed, self._threads = trial.batch_size, seed, threads
+        self._passes: dict[tuple[str, ...], Passes] = {}
+        if self._loaded.needs_weights:
+            self._passes_for((Target("predicted"),))
+        else:
+            self._loaded.release()
 
     @property
     def spec(self) -> ModelSpec:
@@ -436,8 +594,17 @@ class Explainer:
         parsed = parse_targets([str(text) for text in texts], classes, loaded.spec.label_names)
         if any(target.kind == "label" for target in parsed):
             raise InputError("target 'label' needs a manifest (heatmill explain); give the class here")
-        engine = Engine(loaded, self._session, parsed, self._rows, self._seed)
+        engine = Engine(loaded, self._session, parsed, self._rows, self._seed, passes=self._passes_for(parsed))
         return engine.stream(Item(i, self._input(i, image)) for i, image in enumerate(images))
+
+    def _passes_for(self, targets: Sequence[Target]) -> Passes:
+        """The backward graphs for as many targets and ranks as these; made once for each."""
+        if not self._loaded.needs_weights:
+            return Passes()
+        key = tuple(target.text if target.kind in ("predicted", "top") else "class" for target in targets)
+        if key not in self._passes:
+            self._passes[key] = open_passes(self._loaded, self._session, targets, self._rows, self._threads)
+        return self._passes[key]
 
     def _input(self, position: int, image: Image) -> Array:
         spec, dtype = self._loaded.spec, self._loaded.model.input.dtype

@@ -51,6 +51,20 @@ class Loaded:
             return "none"
         return {"probabilities": "softmax", "sigmoid": "sigmoid"}[self.spec.output]
 
+    @property
+    def needs_weights(self) -> bool:
+        """Whether backward graphs are still to be made from the file."""
+        asks = ((call.method.backward, call.method.through, call.parameters) for call in self.calls)
+        return any(back(self.facts, values) or through(self.facts, values) for back, through, values in asks)
+
+    @property
+    def bounds(self) -> tuple[Array, Array]:
+        """The least and greatest value of each channel of the network's input."""
+        if self.model.input.dtype == "uint8":
+            return np.zeros(self.spec.input_size[0]), np.full(self.spec.input_size[0], 255.0)
+        mean, std = np.asarray(self.spec.mean), np.asarray(self.spec.std)
+        return -mean / std, (1 - mean) / std
+
     def release(self) -> None:
         """Free the file's weights: a session that is open has its own."""
         self.model.proto.Clear()
@@ -97,7 +111,7 @@ def load_opened(
     model: ModelFile, spec: ModelSpec, source: str, reading: Reading, calls: Sequence[MethodCall], layer: str | None
 ) -> Loaded:
     """As `load`, from the parts."""
-    needs_tap = layer is not None or any(call.method.needs_tap for call in calls)
+    needs_tap = layer is not None or any(call.needs_tap for call in calls)
     facts = read_facts(model, spec, reading, reading.choose(layer or spec.target_layer) if needs_tap else None)
     for call in calls:
         reason = call.method.refuses(facts, call.parameters)
@@ -119,6 +133,8 @@ def read_facts(model: ModelFile, spec: ModelSpec, reading: Reading, tap: Tap | N
         has_logits=spec.output == "logits" or raw != model.output,
         tap=tap,
         head=linear_head(reading, tap, raw) if tap else "the model has no feature map",
+        layers=tuple(reading.taps()),
+        operators=frozenset(node.op_type for node in reading.graph.node),
     )
 
 

@@ -15,6 +15,7 @@ from ..kernels.finish import finish
 
 if TYPE_CHECKING:
     from ..models.graph.head import LinearHead
+    from ..models.graph.request import Request
     from ..models.graph.tap import Tap
 
 Array = npt.NDArray[Any]
@@ -45,7 +46,25 @@ class GridBank:
         return len(self.bits)
 
 
-Bank = MapBank | GridBank
+@dataclass(frozen=True, slots=True)
+class PathBank:
+    """Points between the baseline and the image: baseline + share * (image + noise - baseline).
+
+    Attributes:
+        shares: (n,) of the way to the image.
+        draws: (n,) which noise is added to the image; rows with equal numbers share it, -1 is none.
+        noise: its standard deviation, as a share of the image's range.
+    """
+
+    shares: Array
+    draws: Array
+    noise: float = 0.0
+
+    def __len__(self) -> int:
+        return len(self.shares)
+
+
+Bank = MapBank | GridBank | PathBank
 
 
 BASELINE_NAMES = ("zero", "black", "mean", "blur")
@@ -53,32 +72,71 @@ BASELINE_NAMES = ("zero", "black", "mean", "blur")
 
 @dataclass(frozen=True, slots=True)
 class Facts:
-    """What a method may know of the model before any image: `head` is the reason where there is no linear head."""
+    """What a method may know of the model before any image.
+
+    Attributes:
+        size: (height, width) of the network's input.
+        output: logits, probabilities or sigmoid.
+        has_logits: whether raw scores are known.
+        tap: the layer that is read.
+        head: the linear layer on the pooled tap, or the reason why there is none.
+        layers: every feature map, in the graph's order.
+        operators: the kinds of operators of the graph.
+    """
 
     size: tuple[int, int]
     output: str
     has_logits: bool
     tap: Tap | None
     head: LinearHead | str
+    layers: tuple[Tap, ...] = ()
+    operators: frozenset[str] = frozenset()
+
+
+@dataclass(frozen=True, slots=True)
+class Returned:
+    """What a backward graph gave for one of a method's requests.
+
+    Attributes:
+        values: (k, ...) float32, one per target: (c, h, w) each at a tap or at the image, channels first.
+        kept: (k,) the share of the relevance that arrived; empty for gradients.
+    """
+
+    values: Array
+    kept: Array
 
 
 @dataclass(frozen=True, slots=True)
 class Observation:
-    """One unperturbed image after its pass: its network input, raw scores (classes,) and tapped maps (c, h, w)."""
+    """One unperturbed image after its pass.
+
+    Attributes:
+        image: the network's input for it, in the network's layout.
+        raw: raw scores (classes,).
+        targets: the asked classes (k,).
+        features: the tapped maps (c, h, w), where a tap is read.
+        returned: for each of the method's requests, what came back.
+    """
 
     image: Array
     raw: Array
+    targets: Array
     features: Array | None
+    returned: tuple[Returned, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
 class Expansion:
-    """The masked passes that one image needs.
+    """The passes that one image needs besides its observation.
 
     Attributes:
-        bank: the masks; None where the observation is enough.
-        baseline: what stands for absence: zero (in the network's own units), black, mean or blur.
-        score: "posterior" or "logit", what each masked pass is asked for.
+        bank: the perturbed inputs, a row each; None where no further pass is needed.
+        baseline: what stands for absence: zero (in the network's own units), black, mean, blur or blur:SIZE:SIGMA.
+        score: "posterior" or "logit", what each pass through the network is asked for.
+        through: the backward pass that the rows go through instead; None is the network alone.
+        of: (n,) for rows through a backward pass, which target each belongs to.
+        weights: (n,) for rows through a backward pass, with which what comes back is summed up by target.
+        starts: (n, c, h, w) maps at the tap, fed where `through` starts at a map.
         carry: whatever `combine` needs besides.
         extras: counts for the row.
     """
@@ -86,6 +144,10 @@ class Expansion:
     bank: Bank | None = None
     baseline: str = "zero"
     score: str = "posterior"
+    through: Request | None = None
+    of: Array | None = None
+    weights: Array | None = None
+    starts: Array | None = None
     carry: Any = None
     extras: Mapping[str, Any] = field(default_factory=dict)
 
@@ -109,18 +171,38 @@ class Parameter:
     most: float | None = None
 
 
+def always(parameters: Parameters) -> bool:
+    return True
+
+
+def never(parameters: Parameters) -> bool:
+    return False
+
+
+def nothing_back(facts: Facts, parameters: Parameters) -> tuple[Request, ...]:
+    """For methods that need no backward pass."""
+    return ()
+
+
 @dataclass(frozen=True, slots=True)
 class Method:
-    """A way to explain, as data: what it needs, how an image becomes masked passes, how scores become a map.
+    """A way to explain, as data: what it needs, how an image becomes passes, how what they give becomes a map.
 
     Attributes:
         expand: (facts, observation, parameters, shared bank) -> Expansion.
-        combine: (facts, observation, expansion, scores (k, n), targets (k,), parameters) -> Combined.
-        share: (facts, parameters, seed) -> a mask bank that serves every image, where masks do not depend on it.
+        combine: (facts, observation, expansion, results, parameters) -> Combined, or an Expansion of further passes.
+            `results` is (k, n), a score for every target and row; after passes through a backward graph it is
+            (k, ...), the weighted sums of what came back.
         finish: parameters -> the steps from raw map to saliency map, of FINISHES.
+        passes: (facts, parameters) -> greatest number of further passes per image.
         refuses: (facts, parameters) -> why the method can't run on this model, or None.
-        passes: (facts, parameters) -> greatest number of masked passes per image.
-        pixels: maps are at the input's resolution, not the tap's.
+        share: (facts, parameters, seed) -> a mask bank that serves every image, where masks do not depend on it.
+        backward: (facts, parameters) -> what the observation computes besides, for every target.
+        through: (facts, parameters) -> the backward passes that rows may go through.
+        read: (facts, what a row's pass showed, the row, expansion, parameters) -> what is summed up; the returned
+            values themselves where it is None. The row's observation has its image as (c, h, w) and one target.
+        needs_tap: parameters -> whether a layer is read.
+        pixels: parameters -> whether maps are on another grid than the tap's, as a rule the input's.
     """
 
     name: str
@@ -128,13 +210,16 @@ class Method:
     citation: str
     parameters: Mapping[str, Parameter]
     expand: Callable[[Facts, Observation, Parameters, Bank | None], Expansion]
-    combine: Callable[[Facts, Observation, Expansion, Array, Array, Parameters], Combined]
+    combine: Callable[[Facts, Observation, Expansion, Array, Parameters], Combined | Expansion]
     finish: Callable[[Parameters], tuple[str, ...]]
     passes: Callable[[Facts, Parameters], int]
     refuses: Callable[[Facts, Parameters], str | None]
     share: Callable[[Facts, Parameters, int], Bank] | None = None
-    needs_tap: bool = True
-    pixels: bool = False
+    backward: Callable[[Facts, Parameters], tuple[Request, ...]] = nothing_back
+    through: Callable[[Facts, Parameters], tuple[Request, ...]] = nothing_back
+    read: Callable[[Facts, Observation, int, Expansion, Parameters], Array] | None = None
+    needs_tap: Callable[[Parameters], bool] = always
+    pixels: Callable[[Parameters], bool] = never
 
 
 @dataclass(frozen=True, slots=True)
@@ -143,6 +228,16 @@ class MethodCall:
 
     method: Method
     parameters: Parameters
+
+    @property
+    def needs_tap(self) -> bool:
+        """Whether a layer is read."""
+        return self.method.needs_tap(self.parameters)
+
+    @property
+    def pixels(self) -> bool:
+        """Whether its maps are on another grid than the tap's."""
+        return self.method.pixels(self.parameters)
 
     @property
     def text(self) -> str:

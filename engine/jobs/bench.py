@@ -21,6 +21,7 @@ from ... import InputError
 from ..backends import Profile, Session, open_session, usable_cores
 from ..explainer import Engine, Stages
 from ..opening import Loaded, blank_batch, load
+from ..passes import open_passes
 from ..trial import try_model
 from ..types import Item, Target
 from .child import settle, shielded
@@ -60,10 +61,12 @@ def bench(
         HeatmillError: the model, the method, the backend or the input is refused.
     """
     loaded = load(model, [method], layer=layer, preprocess=preprocess, labels=labels, output=output, scores=scores)
-    passes = 1 + loaded.calls[0].method.passes(loaded.facts, loaded.calls[0].parameters)
-    trial, session = try_model(loaded, backend, provider, precision, batch_size, passes * limit)
-    loaded.release()
+    rows = 1 + loaded.calls[0].method.passes(loaded.facts, loaded.calls[0].parameters)
+    trial, session = try_model(loaded, backend, provider, precision, batch_size, rows * limit)
     size = trial.batch_size
+    targets = [Target("predicted")]
+    passes = open_passes(loaded, session, targets, size)
+    loaded.release()
     batch = blank_batch(loaded, size)
     feed = {loaded.model.input.name: batch}
     session.run(feed, [loaded.scores])
@@ -76,7 +79,7 @@ def bench(
     _forget_peak()
     for _ in range(rounds):
         bare.append(_bare(session, feed, loaded.scores, size))
-        engine = Engine(loaded, session, [Target("predicted")], size)
+        engine = Engine(loaded, session, targets, size, passes=passes)
         start = time.perf_counter()
         explained = sum(1 for _ in engine.stream(_items(loaded, inputs, limit)))
         wall = time.perf_counter() - start

@@ -134,7 +134,7 @@ def _methods(
     answers: dict[str, dict[str, Any]] = {}
     for name, method in METHODS.items():
         parameters = {key: parameter.default for key, parameter in method.parameters.items()}
-        if method.needs_tap and facts.tap is None:
+        if method.needs_tap(parameters) and facts.tap is None:
             answers[name] = {"runs": False, "reason": "the model has no feature map"}
         elif reason := method.refuses(facts, parameters):
             answers[name] = {"runs": False, "reason": reason}

@@ -131,7 +131,7 @@ def freeze(job: Job, loaded: Loaded, source: Source, targets: tuple[Target, ...]
     rows_per_image = len(loaded.calls) * sum(target.count for target in targets)
     images = max(1.0, min(SHARD_SECONDS / seconds, MAX_SHARD_ROWS / rows_per_image))
     shard_rows = 2 ** math.floor(math.log2(images))
-    grid_methods = any(not call.method.pixels for call in loaded.calls)
+    grid_methods = any(not call.pixels for call in loaded.calls)
     settings: dict[str, Any] = {
         "format": store.FORMAT,
         "identity": identity(job, loaded, targets),

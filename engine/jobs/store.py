@@ -392,7 +392,7 @@ def verify(path: str | Path) -> dict[str, int]:
     size, images, each = int(settings["shard_rows"]), int(settings["images"]), int(settings["rows_per_image"])
     calls = [method["call"] for method in settings["methods"]]
     per_image = [call for call in calls for _ in range(each // len(calls))]
-    columns = schema(run.grid, any(parse_method(call).method.pixels for call in calls))
+    columns = schema(run.grid, any(parse_method(call).pixels for call in calls))
     ids = read_plan(run.path, settings)["id"]
     for shard in sorted(committed(run.path)):
         part = run.path / part_name(shard)

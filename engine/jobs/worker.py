@@ -25,6 +25,7 @@ from ...models.spec import ModelSpec
 from ..backends import usable_cores
 from ..explainer import Engine
 from ..opening import Loaded, open_best
+from ..passes import open_passes
 from ..trial import ran_out_of_memory
 from ..types import Array, Explanation, Item, target_rows
 from . import plan as plans
@@ -140,7 +141,7 @@ class Collector:
         self._names = loaded.spec.label_names
         self._grid = plan.settings["grid"]
         self._schema = store.schema(
-            tuple(self._grid) if self._grid else None, any(call.method.pixels for call in loaded.calls)
+            tuple(self._grid) if self._grid else None, any(call.pixels for call in loaded.calls)
         )
         self._rows: dict[int, dict[int, list[dict[str, Any]]]] = {}
         self._each = int(plan.settings["rows_per_image"])
@@ -210,7 +211,7 @@ class Collector:
             }
         if explanation is not None and explanation.map is not None:
             values["map_shape"] = explanation.map.shape
-            if explanation.method.method.pixels:
+            if explanation.method.pixels:
                 packed, scale, offset = store.encode_pixels(explanation.map)
                 column = store.pixel_column(tuple(self._grid) if self._grid else None)
                 values |= {column: packed, "map_scale": scale, "map_offset": offset}
@@ -302,6 +303,7 @@ def _work(order: Order, conn: Connection, marks: Marks) -> dict[str, float]:
     if order.careful and size != loaded.model.input.batch:
         size = 1  # no other image may be in the batch that kills, and a batch that is too large must not look like one
     session = open_best(loaded, settings["backend"], settings["provider"], settings["precision"], size)
+    passes = open_passes(loaded, session, plan.targets, size)
     loaded.release()
 
     def on_batch(rows: int) -> None:
@@ -309,7 +311,7 @@ def _work(order: Order, conn: Connection, marks: Marks) -> dict[str, float]:
         if marks.stopping:
             raise _Drained
 
-    engine = Engine(loaded, session, plan.targets, size, settings["seed"], on_batch)
+    engine = Engine(loaded, session, plan.targets, size, settings["seed"], on_batch, passes)
     collector = Collector(order.run, plan, loaded, conn, marks)
     marks.beat()
     conn.send(("ready", time.perf_counter() - start, session.version))

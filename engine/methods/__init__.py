@@ -5,10 +5,28 @@ from __future__ import annotations
 from ... import InputError
 from ..types import Method, MethodCall, Value, nearest
 from .cam import CAM
+from .cf_cam import CF_CAM
+from .fg_cam import FG_CAM
+from .grad_cam import GRADIENT_CAMS
+from .group_cam import GROUP_CAM
+from .integrated_gradients import INTEGRATED_GRADIENTS
+from .lrp import RELEVANCES
 from .rise import RISE
+from .saliency import SALIENCIES
 from .score_cam import SCORE_CAM
+from .smoothgrad import SMOOTHGRAD
 
-METHODS: dict[str, Method] = {method.name: method for method in (SCORE_CAM, RISE, CAM)}
+METHODS: dict[str, Method] = {
+    method.name: method
+    for method in (
+        *(SCORE_CAM, CF_CAM, GROUP_CAM, RISE, CAM),
+        *GRADIENT_CAMS,
+        FG_CAM,
+        *RELEVANCES,
+        *SALIENCIES,
+        *(INTEGRATED_GRADIENTS, SMOOTHGRAD),
+    )
+}
 
 
 def plain(name: str) -> str:
@@ -49,6 +67,8 @@ def _value(method: Method, key: str, text: str) -> Value:
             raise InputError(f"{where}: no choice {text!r}; {nearest(text, list(parameter.choices))}")
         return by_plain[plain(text)]
     kind = type(parameter.default)
+    if kind is str:
+        return text
     try:
         value = kind(text)
     except ValueError:

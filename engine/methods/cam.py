@@ -20,12 +20,12 @@ def combine(
     observation: Observation,
     expansion: Expansion,
     scores: Array,
-    targets: Array,
     parameters: Parameters,
 ) -> Combined:
     """`sum_k w_ck A_k`; its mean plus the bias is the logit, and `completeness_error` says how nearly."""
     if isinstance(facts.head, str) or observation.features is None:
         raise ValueError("cam needs a linear head and its feature map")
+    targets = observation.targets
     maps = host.accumulate_maps(observation.features, facts.head.weight[targets])
     logits = observation.raw[targets].astype(np.float64)
     off = np.abs(maps.mean(axis=(1, 2)) + facts.head.bias[targets] - logits) / np.maximum(np.abs(logits), 1e-6)

@@ -23,6 +23,8 @@ from ..types import (
     Observation,
     Parameter,
     Parameters,
+    always,
+    never,
 )
 
 BLOCK = 4096
@@ -62,7 +64,6 @@ def combine(
     observation: Observation,
     expansion: Expansion,
     scores: Array,
-    targets: Array,
     parameters: Parameters,
 ) -> Combined:
     """`1 / (N p) * sum_n score_n m_n`, the estimate of the score's mean where a pixel is shown."""
@@ -71,7 +72,7 @@ def combine(
         raise ValueError("rise combines grid masks")
     weights = scores * bank.counts / (float(parameters["masks"]) * float(parameters["p"]))
     maps = host.accumulate_grid(bank.bits, bank.offsets, weights, facts.size)
-    return Combined(maps, tuple({} for _ in targets))
+    return Combined(maps, tuple({} for _ in scores))
 
 
 def refuses(facts: Facts, parameters: Parameters) -> str | None:
@@ -95,6 +96,6 @@ RISE = Method(
     passes=lambda facts, parameters: int(parameters["masks"]),
     refuses=refuses,
     share=share,
-    needs_tap=False,
-    pixels=True,
+    needs_tap=never,
+    pixels=always,
 )

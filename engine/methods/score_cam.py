@@ -25,6 +25,7 @@ from ..types import (
     Parameter,
     Parameters,
 )
+from .masks import once, scaled, scaled_after_upsampling, summary, weights_of
 
 Array = npt.NDArray[Any]
 
@@ -52,14 +53,8 @@ class Variant:
     finish: tuple[str, ...] = ("upsample", "relu", "minmax")
 
 
-def scaled_after_upsampling(features: Array, size: tuple[int, int], rule: str, eps: float = 0.0) -> Array:
-    """Min-max of the upsampled map, in low-resolution form: upsampling is linear and keeps constants."""
-    low, high = host.extrema(features, size, rule)
-    return _scaled(features, low, high, eps)
-
-
 def scaled_before_upsampling(features: Array, size: tuple[int, int], rule: str) -> Array:
-    return _scaled(features, features.min(axis=(1, 2)), features.max(axis=(1, 2)), 1e-8)
+    return scaled(features, features.min(axis=(1, 2)), features.max(axis=(1, 2)), 1e-8)
 
 
 def positive_over_range(features: Array, size: tuple[int, int], rule: str) -> Array:
@@ -68,13 +63,6 @@ def positive_over_range(features: Array, size: tuple[int, int], rule: str) -> Ar
     low, high = host.extrema(positive, size, rule)
     span = np.where(np.ptp(positive, axis=(1, 2)) > 0, high - low, 1.0)
     return np.asarray((positive / span[:, None, None]).astype(np.float32))
-
-
-def _scaled(features: Array, low: Array, high: Array, eps: float) -> Array:
-    """A constant map becomes zero, as a division by `range + eps` makes it."""
-    span = np.where(np.ptp(features, axis=(1, 2)) > 0, high - low + eps, np.inf)
-    shifted = features - low[:, None, None].astype(np.float64)
-    return np.asarray((shifted / span[:, None, None]).astype(np.float32))
 
 
 VARIANTS: dict[str, Variant] = {
@@ -109,22 +97,14 @@ def expand(facts: Facts, observation: Observation, parameters: Parameters, share
     features = observation.features
     if features is None:
         raise ValueError("score-cam needs tapped features")
-    masks = variant.masks(features, facts.size, variant.rule) + np.float32(0)  # -0.0 and 0.0 are one mask
+    masks = variant.masks(features, facts.size, variant.rule)
     constant = np.ptp(features, axis=(1, 2)) == 0
     live = ~constant if variant.skip_constant else np.ones(len(features), dtype=bool)
-    rows = np.ascontiguousarray(masks[live]).reshape(int(live.sum()), masks[0].size)
-    _, first, inverse = np.unique(rows.view(f"V{rows.shape[1] * 4}").ravel(), return_index=True, return_inverse=True)
-    uses = np.full(len(features), -1)
-    uses[live] = inverse.ravel()
-    extras = {
-        "passes": len(first),
-        "channels": len(features),
-        "constant": int(constant.sum()),
-        "duplicate": int(live.sum()) - len(first),
-    }
-    bank = MapBank(rows[first].reshape(len(first), *features.shape[1:]), variant.rule) if len(first) else None
-    carry = (uses, masks if variant.sums == "masks" else features)
-    return Expansion(bank, str(parameters["baseline"]), variant.score, carry, extras)
+    found = once(masks, live)
+    extras = summary(found, int(constant.sum()), len(features))
+    bank = MapBank(found.masks, variant.rule) if len(found.masks) else None
+    carry = (found.uses, masks if variant.sums == "masks" else features)
+    return Expansion(bank, str(parameters["baseline"]), variant.score, carry=carry, extras=extras)
 
 
 def combine(
@@ -132,18 +112,15 @@ def combine(
     observation: Observation,
     expansion: Expansion,
     scores: Array,
-    targets: Array,
     parameters: Parameters,
 ) -> Combined:
     """Weighted sum of the feature maps, at the tap's resolution (upsampling commutes with the sum)."""
     uses, summed = expansion.carry
-    weights = np.zeros((len(targets), len(uses)))
-    live = uses >= 0
-    weights[:, live] = scores[:, uses[live]]
+    weights = weights_of(scores, uses)
     if _variant(parameters).channel_softmax:
         weights = np.exp(weights - weights.max(axis=1, keepdims=True))
         weights /= weights.sum(axis=1, keepdims=True)
-    return Combined(host.accumulate_maps(summed, weights), tuple({} for _ in targets))
+    return Combined(host.accumulate_maps(summed, weights), tuple({} for _ in scores))
 
 
 def refuses(facts: Facts, parameters: Parameters) -> str | None:

@@ -18,6 +18,7 @@ from onnx import TensorProto, helper
 from ... import ModelError
 from .canonize import Graph, Op, product
 from .emit import PREFIX, Emitter
+from .request import Request
 
 Array = npt.NDArray[Any]
 Grads = Sequence[str | None]
@@ -31,28 +32,6 @@ TINY = 1e-30
 
 class Unsupported(ModelError):
     """An operator that no rule covers; the message says which and why."""
-
-
-@dataclass(frozen=True, slots=True)
-class Request:
-    """One quantity to compute for every image and target.
-
-    Attributes:
-        kind: "gradient", "guided" (ReLU passes only positive gradients) or "relevance".
-        at: the value at which it is wanted; "" is the image.
-        start: where a relevance pass begins: "logit", a contrast ("clrp1", "clrp1-code", "clrp2", "sglrp"), or "map",
-            which is fed at `start_at`. A gradient begins with 1 at the target's raw score.
-        composite: the rules of a relevance pass, of `lrp.COMPOSITES`.
-        start_at: the value at which a fed map stands.
-        times_input: multiplied by the value it is taken at.
-    """
-
-    kind: str = "gradient"
-    at: str = ""
-    start: str = "logit"
-    composite: str = ""
-    start_at: str = ""
-    times_input: bool = False
 
 
 @dataclass(frozen=True, slots=True)

@@ -147,7 +147,7 @@ def canonize(
     scores: str,
     keep: Collection[str] = (),
     *,
-    free_batch: bool = True,
+    batch: int | None = None,
     dtype: npt.DTypeLike = np.float32,
     fold_norm: bool = True,
 ) -> Graph:
@@ -158,7 +158,7 @@ def canonize(
         size: (height, width) of the input.
         scores: the raw scores (`head.raw_scores`).
         keep: values that stay, because a map is read there.
-        free_batch: whether the batch axis is opened where the file fixes it.
+        batch: a fixed number of rows; None opens the batch axis where the file fixes it.
         dtype: what every float becomes; maps of fp16 files are computed in fp32 too.
         fold_norm: fold batch normalisation into the operator before it.
 
@@ -170,14 +170,15 @@ def canonize(
     inline_external_data(proto, model)
     if _opset(proto) < LEAST_OPSET:
         proto = _raised(proto, model)
-    if free_batch:
+    if batch is None:
         make_batch_dynamic(proto, model)
+    set_input(proto, model, batch="N" if batch is None else batch, size=size)
     _cast_floats(proto, np.dtype(dtype))
     _fold_constants(proto)
     if fold_norm:
         _fold_norm(proto, set(keep))
-    batches = (2, 3) if free_batch or model.input.batch is None else (model.input.batch,)
-    shapes = [_shapes(proto, model, batch, size) for batch in batches]
+    batches = (2, 3) if batch is None else (batch,)
+    shapes = [_shapes(proto, model, rows, size) for rows in batches]
     return Graph(proto, model, scores, _merged(shapes, batches), dtype)
 
 

@@ -60,6 +60,17 @@ class Tap:
             values = values[:, :, self.prefix : self.prefix + h * w]
         return np.ascontiguousarray(values, dtype=np.float32).reshape(n, self.channels, h, w)
 
+    def from_nchw(self, maps: Array, tokens: int) -> Array:
+        """Maps (n, channels, height, width) as the graph holds them; of `tokens` in all, those of no place get 0."""
+        n, (h, w) = len(maps), self.grid
+        if self.layout == "nchw":
+            return maps
+        if self.layout == "nhwc":
+            return maps.transpose(0, 2, 3, 1)
+        whole = np.zeros((n, self.channels, tokens), maps.dtype)
+        whole[:, :, self.prefix : self.prefix + h * w] = maps.reshape(n, self.channels, h * w)
+        return whole if self.layout == "nct" else whole.transpose(0, 2, 1)
+
 
 MAX_CONSTANT = 4096
 

@@ -6,11 +6,15 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from heatmill.engine.schedule import Scheduler
+from heatmill.engine.schedule import NETWORK, OBSERVE, Scheduler
 
 
-def drive(scheduler: Scheduler, images: list[tuple[int, int]], rng: random.Random, cancel: float, delay: int):
-    """Run a scheduler like the engine does; images are (masked rows, requests); -1 rows is an image that fails.
+def drive(
+    scheduler: Scheduler, images: list[tuple[int, int]], rng: random.Random, cancel: float, delay: int, other=NETWORK
+):
+    """Run a scheduler like the engine does; images are (further rows, requests); -1 rows is an image that fails.
+
+    Every second request of an image goes to the lane `other`.
 
     Batches finish in any order, `delay` of them late. Returns what was issued per request and what completed.
     """
@@ -25,19 +29,20 @@ def drive(scheduler: Scheduler, images: list[tuple[int, int]], rng: random.Rando
         batches += 1
         assert batches < 10_000
         if batch:
-            slots = [slot for run in batch for slot in range(run.slots.start, run.slots.stop)]
+            slots = [slot for run in batch.runs for slot in range(run.slots.start, run.slots.stop)]
             assert slots == list(range(len(slots))), "slots are dense and disjoint"
-            assert len(slots) <= scheduler.batch_size
+            assert len(slots) <= batch.size
+            assert all(run.observe for run in batch.runs) or batch.lane != OBSERVE
             flight.append(batch)
         if not batch and not flight:
             break
         while flight and (len(flight) > delay or not batch):
-            for run in flight.pop(rng.randrange(len(flight))):
+            for run in flight.pop(rng.randrange(len(flight))).runs:
                 if run.observe:
                     rows, requests = images[run.key]
                     if rows > 0:
                         for request in range(requests):
-                            scheduler.add_rows((run.key, request), rows)
+                            scheduler.add_rows((run.key, request), rows, other if request % 2 else NETWORK)
                     continue
                 if run.key in cancelled:
                     assert not scheduler.complete(run)
@@ -61,10 +66,12 @@ def drive(scheduler: Scheduler, images: list[tuple[int, int]], rng: random.Rando
     delay=st.integers(0, 3),
     cancel=st.sampled_from([0.0, 0.1]),
     seed=st.integers(0, 2**16),
+    apart=st.one_of(st.none(), st.tuples(st.integers(1, 9), st.integers(1, 9))),
 )
-def test_no_row_is_lost_doubled_or_mixed_up(images, batch_size, expected, delay, cancel, seed):
-    scheduler = Scheduler(batch_size, expected)
-    issued, completed, cancelled = drive(scheduler, images, random.Random(seed), cancel, delay)
+def test_no_row_is_lost_doubled_or_mixed_up(images, batch_size, expected, delay, cancel, seed, apart):
+    scheduler = Scheduler(batch_size, expected, {OBSERVE: apart[0], "back": apart[1]} if apart else None)
+    other = "back" if apart else NETWORK
+    issued, completed, cancelled = drive(scheduler, images, random.Random(seed), cancel, delay, other)
     wanted = {(i, r): rows for i, (rows, requests) in enumerate(images) if rows > 0 for r in range(requests)}
     for key, rows in wanted.items():
         if key in cancelled:
@@ -98,7 +105,7 @@ def test_few_images_are_held_at_once(expected):
             scheduler.add_image(given)
             given, held = given + 1, held + 1
             most = max(most, held)
-        for run in scheduler.next_batch():
+        for run in scheduler.next_batch().runs:
             if run.observe and expected:
                 scheduler.add_rows((run.key, 0), expected)
             elif run.observe or scheduler.complete(run):
@@ -110,11 +117,11 @@ def test_observations_ride_with_masked_rows():
     scheduler = Scheduler(8, 20)
     for key in ("a", "b"):
         scheduler.add_image(key)
-    assert [run.observe for run in scheduler.next_batch()] == [True, True]
+    assert [run.observe for run in scheduler.next_batch().runs] == [True, True]
     scheduler.add_rows(("a", 0), 20)
     scheduler.add_image("c")
     scheduler.next_batch()
-    batch = scheduler.next_batch()
+    batch = scheduler.next_batch().runs
     assert [run.observe for run in batch] == [True, False]
     assert batch[1].slots == slice(1, 8)
 
@@ -132,3 +139,27 @@ def test_batches_fill_where_images_bring_fewer_rows_than_expected():
     scheduler = Scheduler(32, 1280)
     drive(scheduler, [(5, 1)] * 400, random.Random(0), 0.0, 0)
     assert scheduler.slots_filled / scheduler.slots_issued >= 0.9
+
+
+def test_lanes_fill_their_batches_apart():
+    """A method with rows in the network and one with rows in a backward graph, observed in batches of 8."""
+    rng = random.Random(1)
+    scheduler = Scheduler(32, 300, {OBSERVE: 8, "back": 8})
+    drive(scheduler, [(rng.randint(20, 300), 2) for _ in range(200)], rng, 0.0, 0, "back")
+    assert scheduler.slots_filled / scheduler.slots_issued >= 0.99
+
+
+def test_few_images_are_held_at_once_where_observations_run_apart():
+    scheduler = Scheduler(32, 100, {OBSERVE: 8})
+    held, most, given = 0, 0, 0
+    while given < 100 or held:
+        while given < 100 and scheduler.wants_images:
+            scheduler.add_image(given)
+            given, held = given + 1, held + 1
+            most = max(most, held)
+        for run in scheduler.next_batch().runs:
+            if run.observe:
+                scheduler.add_rows((run.key, 0), 100)
+            elif scheduler.complete(run):
+                held -= 1
+    assert most <= 8 + 1

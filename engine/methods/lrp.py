@@ -1,0 +1,139 @@
+"""Layer-wise relevance propagation, and the contrasts and presets that build on it.
+
+The share of the relevance that arrives is in every row: rules absorb it in biases and stabilisers, and on folded
+depthwise networks hardly any may be left.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+
+from ...models.graph.request import Request
+from ..types import Array, Bank, Combined, Expansion, Facts, Method, Observation, Parameter, Parameters, always
+from .grad_cam import refuses
+
+LEAST_KEPT = 0.01
+COMPOSITES = (
+    "epsilon",
+    "epsilon-plus",
+    "epsilon-plus-flat",
+    "epsilon-gamma-box",
+    "epsilon-alpha2-beta1",
+    "z-plus",
+    "zero",
+)
+AT = {"at": Parameter("image", "where relevance is shown: at the image, or at the layer", ("image", "layer"))}
+
+
+def kept(share: float) -> dict[str, Any]:
+    """What a row says of the share of relevance that arrived."""
+    told: dict[str, Any] = {"kept": float(f"{share:.4g}")}
+    if abs(share) < LEAST_KEPT:
+        told["warning"] = (
+            f"only {abs(share):.2g} of the relevance arrived: biases and stabilisers took the rest; the map's shape "
+            "may still hold, its size does not"
+        )
+    return told
+
+
+def relevance_request(composite: str, start: str) -> Callable[[Facts, Parameters], tuple[Request, ...]]:
+    """A request at the image or the layer, as the parameter `at` says."""
+
+    def ask(facts: Facts, parameters: Parameters) -> tuple[Request, ...]:
+        layer = facts.tap.name if parameters["at"] == "layer" and facts.tap else ""
+        rules = str(parameters.get("composite", composite))
+        begins = str(parameters.get("variant", start))
+        return (Request("relevance", at=layer, start=begins, composite=rules),)
+
+    return ask
+
+
+def expand(facts: Facts, observation: Observation, parameters: Parameters, shared: Bank | None) -> Expansion:
+    return Expansion(extras={"passes": 0})
+
+
+def combine(
+    facts: Facts, observation: Observation, expansion: Expansion, scores: Array, parameters: Parameters
+) -> Combined:
+    """The channels' relevance summed up."""
+    (returned,) = observation.returned
+    maps = returned.values.sum(axis=1, dtype=np.float64).astype(np.float32)
+    return Combined(maps, tuple(kept(float(share)) for share in returned.kept))
+
+
+def combine_positive(
+    facts: Facts, observation: Observation, expansion: Expansion, scores: Array, parameters: Parameters
+) -> Combined:
+    """As `combine`; a score that is not positive has nothing to decompose, and its map is zero."""
+    combined = combine(facts, observation, expansion, scores, parameters)
+    positive = observation.raw[observation.targets] > 0
+    maps = np.where(positive[:, None, None], combined.maps, np.float32(0))
+    reason = {"reason": "the target's raw score is not positive: there is nothing to decompose"}
+    extras = tuple(told if yes else {**told, **reason} for told, yes in zip(combined.extras, positive, strict=True))
+    return Combined(maps, extras)
+
+
+def _method(
+    name: str,
+    summary: str,
+    citation: str,
+    ask: Callable[[Facts, Parameters], tuple[Request, ...]],
+    parameters: dict[str, Parameter],
+    combining: Callable[[Facts, Observation, Expansion, Array, Parameters], Combined] = combine,
+) -> Method:
+    return Method(
+        name=name,
+        summary=summary,
+        citation=citation,
+        parameters={**parameters, **AT},
+        expand=expand,
+        combine=combining,
+        finish=lambda parameters: ("relu", "minmax"),
+        passes=lambda facts, parameters: 0,
+        refuses=refuses,
+        backward=ask,
+        needs_tap=lambda parameters: parameters["at"] == "layer",
+        pixels=always,
+    )
+
+
+RELEVANCES = (
+    _method(
+        "lrp",
+        "the score divided among the pixels, layer by layer",
+        "Bach et al., On Pixel-Wise Explanations by Layer-Wise Relevance Propagation, PLOS ONE 2015",
+        relevance_request("epsilon-plus", "logit"),
+        {"composite": Parameter("epsilon-plus", "which rule for which layers", COMPOSITES)},
+    ),
+    _method(
+        "clrp",
+        "contrastive LRP: what speaks for the class more than for the others",
+        "Gu, Yang, Tresp, Understanding Individual Decisions of CNNs via Contrastive Backpropagation, ACCV 2018",
+        relevance_request("clrp", "clrp1"),
+        {
+            "variant": Parameter(
+                "clrp1",
+                "the others: all evenly, by their scores as in the authors' code, or the class's negative weights",
+                ("clrp1", "clrp1-code", "clrp2"),
+            )
+        },
+    ),
+    _method(
+        "sglrp",
+        "contrastive LRP, the others weighed by their probabilities",
+        "Iwana, Kuroki, Uchida, Explaining CNNs using Softmax Gradient LRP, ICCV Workshops 2019",
+        relevance_request("deep-taylor", "sglrp"),
+        {},
+    ),
+    _method(
+        "deep-taylor",
+        "LRP by deep Taylor decomposition: positive parts only, pixels bounded",
+        "Montavon et al., Explaining Nonlinear Classification Decisions with Deep Taylor Decomposition, 2017",
+        relevance_request("deep-taylor", "logit"),
+        {},
+        combine_positive,
+    ),
+)

@@ -1,0 +1,137 @@
+"""SmoothGrad: a method's map averaged over noisy copies of the image.
+
+Smilkov et al., 2017 (arXiv 1706.03825). The noise's deviation is a share of the image's own range; the classes are the
+clean image's.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+
+from ...models.graph.request import Request
+from ..types import (
+    Array,
+    Bank,
+    Combined,
+    Expansion,
+    Facts,
+    Method,
+    Observation,
+    Parameter,
+    Parameters,
+    PathBank,
+    always,
+)
+from .grad_cam import GRADIENT_CAMS, refuses
+from .integrated_gradients import INTEGRATED_GRADIENTS, quadrature
+from .lrp import RELEVANCES
+from .saliency import SALIENCIES, one_map
+
+BASES: dict[str, Method] = {method.name: method for method in (*SALIENCIES, *GRADIENT_CAMS, *RELEVANCES)}
+PATH = INTEGRATED_GRADIENTS.name
+STEPS = 25  # points of each noisy copy's path
+
+
+def _base(parameters: Parameters) -> tuple[Method, Parameters]:
+    method = BASES[str(parameters["base"])]
+    return method, {key: parameter.default for key, parameter in method.parameters.items()}
+
+
+def through(facts: Facts, parameters: Parameters) -> tuple[Request, ...]:
+    """The base's own pass; a head that spares it for one image does so for none of many."""
+    if parameters["base"] == PATH:
+        return (Request(),)
+    method, values = _base(parameters)
+    return method.backward(replace(facts, head="every copy has its own"), values)
+
+
+def expand(facts: Facts, observation: Observation, parameters: Parameters, shared: Bank | None) -> Expansion:
+    """For each target the same noisy copies; for integrated gradients the points of each copy's path, and the
+    baseline."""
+    count, samples = len(observation.targets), int(parameters["samples"])
+    if parameters["base"] == PATH:
+        points, weights = quadrature(STEPS)
+        shares = np.append(0.0, np.tile(points, samples))
+        draws = np.append(-1, np.repeat(np.arange(samples), STEPS))
+        weights = np.append(1.0, np.tile(weights, samples) / samples)
+    else:
+        shares, draws, weights = np.ones(samples), np.arange(samples), np.full(samples, 1 / samples)
+    bank = PathBank(np.tile(shares, count).astype(np.float32), np.tile(draws, count), float(parameters["noise"]))
+    (request,) = through(facts, parameters)
+    return Expansion(
+        bank,
+        through=request,
+        of=np.repeat(np.arange(count), len(shares)),
+        weights=np.tile(weights, count),
+        carry=bank.shares,
+        extras={"passes": len(bank), "samples": samples},
+    )
+
+
+def read(facts: Facts, shown: Observation, row: int, expansion: Expansion, parameters: Parameters) -> Array:
+    """One copy's map; for integrated gradients the parts of `(point - baseline) / share * gradient`, unmultiplied."""
+    if parameters["base"] == PATH:
+        share, gradient = float(expansion.carry[row]), shown.returned[0].values[0].astype(np.float64)
+        if share == 0:
+            return np.stack([np.zeros_like(gradient), np.zeros_like(gradient), shown.image])
+        return np.stack([shown.image * gradient / share, gradient / share, np.zeros_like(gradient)])
+    method, values = _base(parameters)
+    combined = method.combine(facts, shown, Expansion(), np.zeros((1, 0)), values)
+    if not isinstance(combined, Combined):
+        raise TypeError(f"{method.name} needs more than one pass")
+    whole: Array = combined.maps[0]
+    return whole
+
+
+def combine(
+    facts: Facts, observation: Observation, expansion: Expansion, sums: Array, parameters: Parameters
+) -> Combined:
+    if parameters["base"] == PATH:
+        maps = one_map(sums[:, 0] - sums[:, 2] * sums[:, 1], {"channels": "sum"})
+    else:
+        maps = sums.astype(np.float32)
+    return Combined(maps, tuple({} for _ in maps))
+
+
+def refuses_here(facts: Facts, parameters: Parameters) -> str | None:
+    if parameters["base"] == PATH:
+        return refuses(facts, parameters)
+    method, values = _base(parameters)
+    return method.refuses(facts, values)
+
+
+def finish(parameters: Parameters) -> tuple[str, ...]:
+    if parameters["base"] == PATH:
+        return INTEGRATED_GRADIENTS.finish(parameters)
+    method, values = _base(parameters)
+    return method.finish(values)
+
+
+def needs_tap(parameters: Parameters) -> bool:
+    if parameters["base"] == PATH:
+        return False
+    method, values = _base(parameters)
+    return method.needs_tap(values)
+
+
+SMOOTHGRAD = Method(
+    name="smoothgrad",
+    summary="a gradient or relevance method averaged over noisy copies of the image",
+    citation="Smilkov et al., SmoothGrad, arXiv 1706.03825",
+    parameters={
+        "base": Parameter("saliency", "the method that is averaged", (*BASES, PATH)),
+        "samples": Parameter(50, "noisy copies", least=1, most=10000),
+        "noise": Parameter(0.15, "the noise's deviation, as a share of the image's range", least=0, most=2),
+    },
+    expand=expand,
+    combine=combine,
+    finish=finish,
+    passes=lambda facts, parameters: int(parameters["samples"]) * (STEPS if parameters["base"] == PATH else 1),
+    refuses=refuses_here,
+    through=through,
+    read=read,
+    needs_tap=needs_tap,
+    pixels=always,
+)

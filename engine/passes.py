@@ -1,0 +1,187 @@
+"""The backward passes of a run: graphs made for its methods and targets, and the sessions that run them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from .. import InputError, ModelError
+from ..models.graph.backward import CLASSES, START, TARGETS, Built, Outputs, build
+from ..models.graph.canonize import Graph, canonize
+from ..models.graph.request import Request
+from ..models.graph.tap import Tap
+from .backends import Profile, Session, open_session
+from .opening import Loaded
+from .types import Array, MethodCall, Returned, Target
+
+IMAGE_BATCH = 8  # rows of a pass back to the image, which keeps every activation
+
+
+@dataclass(frozen=True, slots=True)
+class Pass:
+    """A forward and backward graph, open.
+
+    Attributes:
+        image: the name of its image input.
+        channels_last: whether what comes back at the image is (n, h, w, c).
+        scores: the name of the raw scores.
+        tap: the layer that it puts out as well.
+        requests: the names under which each request comes out.
+        ends: where each request's values lie; None is the image.
+        batch_size: rows per call.
+        start: the layer at which a map is fed, and its number of tokens.
+    """
+
+    session: Session
+    image: str
+    channels_last: bool
+    scores: str
+    tap: Tap | None
+    requests: Mapping[Request, Outputs]
+    ends: Mapping[Request, Tap | None]
+    batch_size: int
+    start: tuple[Tap, int] | None = None
+
+    def run(self, images: Array, targets: Array, starts: Array | None = None) -> Passed:
+        """One batch.
+
+        Args:
+            images: (n, ...) in the network's layout and type.
+            targets: (n, k) classes, or -r for rank r where the graph was made for ranks.
+            starts: (n, c, h, w) maps, where the graph starts at one.
+        """
+        feeds = {self.image: images, TARGETS: targets.astype(np.int64)}
+        if starts is not None and self.start is not None:
+            feeds[START] = self.start[0].from_nchw(starts, self.start[1])
+        names = [name for outputs in self.requests.values() for name in (*outputs.values, *outputs.kept)]
+        wanted = [self.scores, CLASSES, *([self.tap.name] if self.tap else []), *names]
+        found = dict(zip(wanted, self.session.run(feeds, wanted), strict=True))
+        returned = {}
+        for request, outputs in self.requests.items():
+            end = self.ends[request]
+            values = [self._oriented(found[name], end) for name in outputs.values]
+            kept = [found[name] for name in outputs.kept]
+            shares = np.array(kept, dtype=np.float32).reshape(-1, len(images)).T
+            returned[request] = Returned(np.stack(values, axis=1), shares)
+        features = self.tap.to_nchw(found[self.tap.name]) if self.tap else None
+        return Passed(found[self.scores].reshape(len(images), -1), found[CLASSES], features, returned)
+
+    def _oriented(self, values: Array, end: Tap | None) -> Array:
+        if end is not None:
+            return end.to_nchw(values)
+        return values.transpose(0, 3, 1, 2) if self.channels_last else values
+
+
+@dataclass(frozen=True, slots=True)
+class Passed:
+    """A batch's raw scores (n, classes), resolved targets (n, k), features, and what came back, rows first."""
+
+    raw: Array
+    classes: Array
+    features: Array | None
+    returned: Mapping[Request, Returned]
+
+
+@dataclass(frozen=True, slots=True)
+class Passes:
+    """The backward passes of a run: `observe` goes with every image, `through` are those that rows may take."""
+
+    observe: Pass | None = None
+    through: Mapping[Request, Pass] = field(default_factory=dict)
+
+
+def open_passes(
+    loaded: Loaded, session: Session, targets: Sequence[Target], batch_size: int, threads: int | None = None
+) -> Passes:
+    """Make and open what the run's methods need for these targets; nothing where none needs a backward pass.
+
+    They run on the session's own backend and provider, in fp32 whatever its precision.
+
+    Raises:
+        InputError: an operator of the model has no rule.
+        BackendError: the runtime refuses a graph.
+    """
+    observed = requests_of(loaded, loaded.calls, "backward")
+    taken = requests_of(loaded, loaded.calls, "through")
+    if not observed and not taken:
+        return Passes()
+    opener = _Opener(loaded, session, batch_size, threads)
+    ranks = max((max(target.count, 1) for target in targets if target.kind in ("predicted", "top")), default=0)
+    count = sum(target.count for target in targets)
+    keep = [loaded.tap] if loaded.tap else []
+    observe = opener.open(observed, count, ranks, keep) if observed else None
+    return Passes(observe, {request: opener.open((request,), 1, 0, keep) for request in taken})
+
+
+def requests_of(loaded: Loaded, calls: Iterable[MethodCall], kind: str) -> tuple[Request, ...]:
+    """What some methods ask of the observation ("backward") or of their rows ("through"), each once."""
+    asked = [request for call in calls for request in getattr(call.method, kind)(loaded.facts, call.parameters)]
+    return tuple(dict.fromkeys(asked))
+
+
+class _Opener:
+    def __init__(self, loaded: Loaded, session: Session, batch_size: int, threads: int | None) -> None:
+        self._loaded, self._session, self._threads = loaded, session, threads
+        self._batch_size = batch_size
+        self._static = batch_size if batch_size in (1, loaded.model.input.batch) else None
+        self._graphs: dict[tuple[bool, tuple[str, ...]], Graph] = {}
+
+    def open(self, requests: Sequence[Request], targets: int, ranks: int, keep: Sequence[Tap]) -> Pass:
+        loaded = self._loaded
+        ends = {request: _tap(loaded, request.at) for request in requests}
+        names = [tap.name for tap in keep]
+        graph = canonical(loaded, requests, names, self._static, self._graphs)
+        built = build_for(loaded, graph, requests, targets, ranks, names)
+        size = self._batch_size
+        if any(end is None for end in ends.values()) and self._static is None:
+            size = min(size, IMAGE_BATCH)
+        data = built.proto.SerializeToString()
+        outputs = dict(zip(requests, built.outputs, strict=True))
+        del built
+        profile = Profile(size, "fp32", self._session.provider, self._threads)
+        session = open_session(self._session.backend, data, profile)
+        tap = keep[0] if keep else None
+        last = graph.shape(graph.image)[1:] == (*loaded.facts.size, loaded.spec.input_size[0])
+        start = next((_tap(loaded, request.start_at) for request in requests if request.start_at), None)
+        begins = None if start is None else (start, _tokens(start, graph.shape(start.name)))
+        return Pass(session, loaded.model.input.name, last, loaded.scores, tap, outputs, ends, size, begins)
+
+
+def canonical(
+    loaded: Loaded,
+    requests: Sequence[Request],
+    keep: Sequence[str],
+    batch: int | None,
+    known: dict[tuple[bool, tuple[str, ...]], Graph],
+) -> Graph:
+    """The model in the form that these requests are built on; kept in `known`."""
+    fold = True
+    values = [name for request in requests for name in (request.at, request.start_at) if name]
+    kept = tuple(dict.fromkeys([*keep, *values]))
+    if (fold, kept) not in known:
+        known[fold, kept] = canonize(loaded.model, loaded.facts.size, loaded.scores, kept, batch=batch, fold_norm=fold)
+    return known[fold, kept]
+
+
+def build_for(
+    loaded: Loaded, graph: Graph, requests: Sequence[Request], targets: int, ranks: int, keep: Sequence[str]
+) -> Built:
+    """`backward.build`, with refusals in the user's terms.
+
+    Raises:
+        InputError: an operator of the model has no rule.
+    """
+    try:
+        return build(graph, requests, targets, ranks, keep)
+    except ModelError as err:
+        raise InputError(f"{loaded.model.path.name}: no backward graph: {err}; a --layer above it may do") from None
+
+
+def _tokens(tap: Tap, shape: tuple[int | None, ...]) -> int:
+    return int(shape[tap.layout.index("t")] or 0) if "t" in tap.layout else 0
+
+
+def _tap(loaded: Loaded, at: str) -> Tap | None:
+    return next(tap for tap in loaded.facts.layers if tap.name == at) if at else None
