@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
@@ -10,13 +11,14 @@ import numpy as np
 from .. import InputError, ModelError
 from ..models.graph.backward import CLASSES, START, TARGETS, Built, Outputs, build
 from ..models.graph.canonize import Graph, canonize
+from ..models.graph.composites import COMPOSITES
 from ..models.graph.request import Request
 from ..models.graph.tap import Tap
 from .backends import Profile, Session, open_session
 from .opening import Loaded
 from .types import Array, MethodCall, Returned, Target
 
-IMAGE_BATCH = 8  # rows of a pass back to the image, which keeps every activation
+IMAGE_BATCH = 8
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,6 +45,11 @@ class Pass:
     ends: Mapping[Request, Tap | None]
     batch_size: int
     start: tuple[Tap, int] | None = None
+
+    @property
+    def targets(self) -> int:
+        """Classes per image."""
+        return max((len(outputs.values) for outputs in self.requests.values()), default=1)
 
     def run(self, images: Array, targets: Array, starts: Array | None = None) -> Passed:
         """One batch.
@@ -93,11 +100,20 @@ class Passes:
 
 
 def open_passes(
-    loaded: Loaded, session: Session, targets: Sequence[Target], batch_size: int, threads: int | None = None
+    loaded: Loaded,
+    session: Session,
+    targets: Sequence[Target],
+    batch_size: int,
+    threads: int | None = None,
+    image_batch: int = IMAGE_BATCH,
 ) -> Passes:
     """Make and open what the run's methods need for these targets; nothing where none needs a backward pass.
 
     They run on the session's own backend and provider, in fp32 whatever its precision.
+
+    Args:
+        batch_size: rows per call.
+        image_batch: at most so many in passes back to the image, which keep every activation.
 
     Raises:
         InputError: an operator of the model has no rule.
@@ -107,12 +123,30 @@ def open_passes(
     taken = requests_of(loaded, loaded.calls, "through")
     if not observed and not taken:
         return Passes()
-    opener = _Opener(loaded, session, batch_size, threads)
+    opener = _Opener(loaded, session, batch_size, threads, image_batch)
     ranks = max((max(target.count, 1) for target in targets if target.kind in ("predicted", "top")), default=0)
     count = sum(target.count for target in targets)
     keep = [loaded.tap] if loaded.tap else []
     observe = opener.open(observed, count, ranks, keep) if observed else None
     return Passes(observe, {request: opener.open((request,), 1, 0, keep) for request in taken})
+
+
+def row_seconds(passes: Passes, batch: Array) -> tuple[float, float]:
+    """Seconds per row of the observation's pass and of the slowest pass that rows take, on blank images."""
+    observe = _row_seconds(passes.observe, batch) if passes.observe else 0.0
+    return observe, max((_row_seconds(taken, batch) for taken in passes.through.values()), default=0.0)
+
+
+def _row_seconds(taken: Pass, batch: Array) -> float:
+    images = batch[: taken.batch_size]
+    targets = np.zeros((len(images), taken.targets), np.int64)
+    starts = None
+    if taken.start is not None:
+        tap = taken.start[0]
+        starts = np.zeros((len(images), tap.channels, *tap.grid), np.float32)
+    start = time.perf_counter()
+    taken.run(images, targets, starts)
+    return (time.perf_counter() - start) / len(images)
 
 
 def requests_of(loaded: Loaded, calls: Iterable[MethodCall], kind: str) -> tuple[Request, ...]:
@@ -122,8 +156,11 @@ def requests_of(loaded: Loaded, calls: Iterable[MethodCall], kind: str) -> tuple
 
 
 class _Opener:
-    def __init__(self, loaded: Loaded, session: Session, batch_size: int, threads: int | None) -> None:
+    def __init__(
+        self, loaded: Loaded, session: Session, batch_size: int, threads: int | None, image_batch: int
+    ) -> None:
         self._loaded, self._session, self._threads = loaded, session, threads
+        self._image_batch = image_batch
         self._batch_size = batch_size
         self._static = batch_size if batch_size in (1, loaded.model.input.batch) else None
         self._graphs: dict[tuple[bool, tuple[str, ...]], Graph] = {}
@@ -136,7 +173,7 @@ class _Opener:
         built = build_for(loaded, graph, requests, targets, ranks, names)
         size = self._batch_size
         if any(end is None for end in ends.values()) and self._static is None:
-            size = min(size, IMAGE_BATCH)
+            size = min(size, self._image_batch)
         data = built.proto.SerializeToString()
         outputs = dict(zip(requests, built.outputs, strict=True))
         del built
@@ -157,7 +194,7 @@ def canonical(
     known: dict[tuple[bool, tuple[str, ...]], Graph],
 ) -> Graph:
     """The model in the form that these requests are built on; kept in `known`."""
-    fold = True
+    fold = all(COMPOSITES[request.composite].fold_norm for request in requests if request.composite)
     values = [name for request in requests for name in (request.at, request.start_at) if name]
     kept = tuple(dict.fromkeys([*keep, *values]))
     if (fold, kept) not in known:
@@ -174,7 +211,7 @@ def build_for(
         InputError: an operator of the model has no rule.
     """
     try:
-        return build(graph, requests, targets, ranks, keep)
+        return build(graph, requests, targets, ranks, keep, bounds=loaded.bounds)
     except ModelError as err:
         raise InputError(f"{loaded.model.path.name}: no backward graph: {err}; a --layer above it may do") from None
 

@@ -22,7 +22,10 @@ GAIN = 1.03  # a larger batch must be this much faster per row to be worth its m
 
 @dataclass(frozen=True, slots=True)
 class Trial:
-    """What one try of a model told: how it will be run, and how fast it is."""
+    """What one try of a model told: how it will be run, and how fast it is.
+
+    `observe_seconds` and `through_seconds` are what an image's and a row's backward pass takes, where there is one.
+    """
 
     backend: str
     provider: str
@@ -33,6 +36,8 @@ class Trial:
     classes: int
     rows_per_second: float
     trials: Mapping[int, float] = field(default_factory=dict)
+    observe_seconds: float = 0.0
+    through_seconds: float = 0.0
 
 
 def try_model(

@@ -126,8 +126,7 @@ def _with_classes(source: Source, classes: int, label_names: tuple[str, ...]) ->
 
 def freeze(job: Job, loaded: Loaded, source: Source, targets: tuple[Target, ...], trial: Trial) -> Plan:
     """The plan of a new run."""
-    call_passes = [call.method.passes(loaded.facts, call.parameters) for call in loaded.calls]
-    seconds = (1 + sum(call_passes)) / trial.rows_per_second
+    seconds = image_seconds(loaded, targets, trial)
     rows_per_image = len(loaded.calls) * sum(target.count for target in targets)
     images = max(1.0, min(SHARD_SECONDS / seconds, MAX_SHARD_ROWS / rows_per_image))
     shard_rows = 2 ** math.floor(math.log2(images))
@@ -157,6 +156,18 @@ def freeze(job: Job, loaded: Loaded, source: Source, targets: tuple[Target, ...]
     settings["plan_hash"] = store.plan_hash(settings["identity"], shard_rows, source.table)
     position = pa.array(range(source.table.num_rows), pa.int64())
     return Plan(settings, source.table.add_column(0, "row", position))
+
+
+def image_seconds(loaded: Loaded, targets: tuple[Target, ...], trial: Trial) -> float:
+    """What one image is expected to take: masks that depend on the class are run for each target."""
+    facts, count, network = loaded.facts, sum(target.count for target in targets), 1 / trial.rows_per_second
+    seconds = trial.observe_seconds or network
+    for call in loaded.calls:
+        method, values = call.method, call.parameters
+        each = trial.through_seconds if method.through(facts, values) else network
+        per_class = method.backward(facts, values) or method.through(facts, values)
+        seconds += each * method.passes(facts, values) * (count if per_class else 1)
+    return seconds
 
 
 def versions() -> dict[str, str]:

@@ -6,7 +6,8 @@ import multiprocessing
 import os
 import pickle
 import resource
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from multiprocessing.connection import Connection
 from typing import Any
 
@@ -14,8 +15,10 @@ import psutil
 
 from ... import HeatmillError, ModelError
 from ..backends import first_line
-from ..opening import load
+from ..opening import Loaded, blank_batch, load
+from ..passes import open_passes, row_seconds
 from ..trial import Trial, ran_out_of_memory, try_model
+from ..types import Target
 from .child import describe_exit, settle, shielded
 
 DEADLINE = 180.0
@@ -77,7 +80,7 @@ def _child(answers: Connection, memory: int, options: tuple[Any, ...]) -> None:
     answer: Trial | Exception
     try:
         arguments, *how = options
-        answer = try_model(load(**arguments), *how)[0]
+        answer = _tried(load(**arguments), how)
     except HeatmillError as err:
         answer = err
     except Exception as err:
@@ -86,6 +89,17 @@ def _child(answers: Connection, memory: int, options: tuple[Any, ...]) -> None:
         else:
             answer = ModelError(f"{name}: running the model failed ({first_line(err)[:300]})")
     answers.send_bytes(pickle.dumps(answer))
+
+
+def _tried(loaded: Loaded, how: Sequence[Any]) -> Trial:
+    """The trial, and where methods follow scores back, what that takes."""
+    trial, session = try_model(loaded, *how)
+    if not loaded.needs_weights:
+        return trial
+    passes = open_passes(loaded, session, [Target("predicted")], trial.batch_size)
+    loaded.release()
+    observe, through = row_seconds(passes, blank_batch(loaded, trial.batch_size))
+    return replace(trial, observe_seconds=observe, through_seconds=through)
 
 
 def _limit_memory(memory: int) -> None:
