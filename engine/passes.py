@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 
@@ -194,7 +194,7 @@ def canonical(
     known: dict[tuple[bool, tuple[str, ...]], Graph],
 ) -> Graph:
     """The model in the form that these requests are built on; kept in `known`."""
-    fold = all(COMPOSITES[request.composite].fold_norm for request in requests if request.composite)
+    fold = _folds(requests)
     values = [name for request in requests for name in (request.at, request.start_at) if name]
     kept = tuple(dict.fromkeys([*keep, *values]))
     if (fold, kept) not in known:
@@ -213,7 +213,58 @@ def build_for(
     try:
         return build(graph, requests, targets, ranks, keep, bounds=loaded.bounds)
     except ModelError as err:
-        raise InputError(f"{loaded.model.path.name}: no backward graph: {err}; a --layer above it may do") from None
+        raise InputError(f"{loaded.model.path.name}: no backward graph: {err}") from None
+
+
+def check_backward(loaded: Loaded, known: dict[Request, str | None] | None = None) -> None:
+    """Build every backward graph that the methods need, without weights: quick, and it says what can't be built.
+
+    Args:
+        known: what earlier calls found out, where one model is asked for many methods.
+
+    Raises:
+        InputError: an operator of the model has no rule; names a layer from which the way back is free, if one is.
+    """
+    known = {} if known is None else known
+    requests = requests_of(loaded, loaded.calls, "backward") + requests_of(loaded, loaded.calls, "through")
+    for request in requests:
+        if request not in known:
+            reason = _refusal(loaded, request)
+            known[request] = None if reason is None else f"{reason}; {_way_out(loaded, request)}"
+        if known[request] is not None:
+            raise InputError(known[request])
+
+
+def _refusal(loaded: Loaded, request: Request) -> str | None:
+    keep = [name for name in (request.at, request.start_at) if name]
+    try:
+        graph = canonize(
+            loaded.model,
+            loaded.facts.size,
+            loaded.scores,
+            keep,
+            fold_norm=_folds((request,)),
+            hollow=True,
+        )
+        build_for(loaded, graph, (request,), 1, 1, [])
+    except (InputError, ModelError) as err:
+        return str(err)
+    return None
+
+
+def _way_out(loaded: Loaded, request: Request) -> str:
+    """What a user can do where a request is refused: the layer nearest to the scores, if the way to it is free."""
+    last = loaded.facts.layers[-1].name if loaded.facts.layers else request.at
+    if request.start_at or request.at == last or _refusal(loaded, replace(request, at=last)) is not None:
+        return "score-cam and rise need no way back"
+    if request.at:
+        return f"the way to layer {last} is free: --layer {last}"
+    return f"the way to layer {last} is free, for methods that stop at a layer (grad-cam, lrp:at=layer)"
+
+
+def _folds(requests: Sequence[Request]) -> bool:
+    """Whether normalisation is folded for these: not where a composite passes over it."""
+    return all(COMPOSITES[request.composite].fold_norm for request in requests if request.composite)
 
 
 def _tokens(tap: Tap, shape: tuple[int | None, ...]) -> int:

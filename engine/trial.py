@@ -68,8 +68,9 @@ def try_model(
     if not free and fixed is not None:
         size = fixed
     session = opened(size)
+    short = session.flexible and free and size != fixed  # a batch may be part-filled
     try:
-        apart = _rows_apart(loaded, session, min(size, 2) if session.flexible and free else size)
+        apart = _rows_apart(loaded, session, min(size, 2) if short else size)
     except Exception as err:
         if fixed is not None or ran_out_of_memory(err):
             raise
@@ -80,16 +81,16 @@ def try_model(
                 f"{loaded.model.path.name}: in its batch of {fixed}, an image's scores depend on the other images; "
                 "export it with a dynamic batch, or a batch of 1"
             )
-        size, free, session = 1, False, opened(1)
-    classes = _check(loaded, session, 2 if session.flexible and free and size > 1 else size)
+        size, free, short, session = 1, False, False, opened(1)
+    classes = _check(loaded, session, 2 if short and size > 1 else size)
     trials: dict[int, float] = {}
     if free and batch_size is None and rows > WORTH:
         measured = session
-        trials = _measure(lambda count: _seconds(loaded, measured if measured.flexible else opened(count), count))
+        trials = _measure(lambda count: _seconds(loaded, measured if short else opened(count), count))
         size = next(count for count, speed in trials.items() if speed * GAIN >= max(trials.values()))
         session, speed = opened(size), trials[size]  # anew: the one that was measured keeps the largest batch's memory
     else:
-        count = min(size, 8) if session.flexible and free else size
+        count = min(size, 8) if short else size
         speed = count / _seconds(loaded, session, count)
     found = (session.backend, session.provider, session.precision, session.version, size, free, classes, speed, trials)
     return Trial(*found), session

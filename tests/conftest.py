@@ -27,9 +27,17 @@ def classifier(
     dtype: int = TensorProto.FLOAT,
     layout: str = "NCHW",
     seed: int = 0,
+    body: str = "plain",
 ) -> onnx.ModelProto:
     """conv-relu twice, global pooling, a linear layer. Of the 12 tapped maps `features`, 3 is dead, 5 equals 4 and
-    6 is constant."""
+    6 is constant.
+
+    Args:
+        head: "Reshape" and "Tanh" lie between pooling and the linear layer; "Dense" is two dense layers without
+            pooling; "Tokens" bends `tokens` (n, t, c) before they are averaged.
+        body: "pool" has a max pool in the place of the second stride, "sum" a residual sum before the last ReLU, "norm"
+            normalisation behind each convolution.
+    """
     rng = np.random.default_rng(seed)
 
     def tensor(name: str, values: np.ndarray) -> TensorProto:
@@ -50,6 +58,19 @@ def classifier(
         tensor("w3", linear),
         tensor("b3", rng.normal(size=CLASSES)),
     ]
+    grid = tuple(-(-n // 4) for n in size)
+    more = {
+        "ws": rng.normal(size=(12, 8, 1, 1)) * 0.4,
+        "w4": rng.normal(size=(12, 12 * grid[0] * grid[1])) * 0.3,
+        "b4": rng.normal(size=12) * 0.1,
+    }
+    for number, channels in ((1, 8), (2, 12)):
+        more |= {
+            f"scale{number}": rng.uniform(0.5, 1.5, channels) * rng.choice([-1, 1], channels),
+            f"shift{number}": rng.normal(size=channels) * 0.3,
+            f"mean{number}": rng.normal(size=channels) * 0.3,
+            f"variance{number}": rng.uniform(0.5, 2, channels),
+        }
     nodes = []
     value = "input"
     if dtype == TensorProto.UINT8:
@@ -63,12 +84,21 @@ def classifier(
     if layout == "NHWC":
         nodes.append(helper.make_node("Transpose", [value], ["first"], perm=[0, 3, 1, 2]))
         value = "first"
-    nodes += [
-        helper.make_node("Conv", [value, "w1", "b1"], ["c1"], name="conv1", strides=[2, 2], pads=[1, 1, 1, 1]),
-        helper.make_node("Relu", ["c1"], ["r1"], name="relu1"),
-        helper.make_node("Conv", ["r1", "w2", "b2"], ["c2"], name="conv2", strides=[2, 2], pads=[1, 1, 1, 1]),
-        helper.make_node("Relu", ["c2"], ["features"], name="relu2"),
-    ]
+    pads = [1, 1, 1, 1]
+    nodes.append(helper.make_node("Conv", [value, "w1", "b1"], ["c1"], name="conv1", strides=[2, 2], pads=pads))
+    nodes += _normalised(1, body)
+    nodes.append(helper.make_node("Relu", ["n1" if body == "norm" else "c1"], ["r1"], name="relu1"))
+    if body == "pool":
+        nodes.append(helper.make_node("MaxPool", ["r1"], ["p1"], kernel_shape=[3, 3], strides=[2, 2], pads=pads))
+        nodes.append(helper.make_node("Conv", ["p1", "w2", "b2"], ["c2"], name="conv2", pads=pads))
+    else:
+        nodes.append(helper.make_node("Conv", ["r1", "w2", "b2"], ["c2"], name="conv2", strides=[2, 2], pads=pads))
+    if body == "sum":
+        nodes.append(helper.make_node("Conv", ["r1", "ws"], ["skip"], name="skip", strides=[2, 2]))
+        nodes.append(helper.make_node("Add", ["c2", "skip"], ["whole"], name="sum"))
+    nodes += _normalised(2, body)
+    before = {"norm": "n2", "sum": "whole"}.get(body, "c2")
+    nodes.append(helper.make_node("Relu", [before], ["features"], name="relu2"))
     if head == "Reshape":
         weights.append(numpy_helper.from_array(np.array([batch if isinstance(batch, int) else 0, 12]), "flat_shape"))
         nodes.append(helper.make_node("GlobalAveragePool", ["features"], ["pooled"], name="pool"))
@@ -77,10 +107,22 @@ def classifier(
         nodes.append(helper.make_node("GlobalAveragePool", ["features"], ["pool"], name="pool"))
         nodes.append(helper.make_node("Tanh", ["pool"], ["bent"], name="bend"))
         nodes.append(helper.make_node("Flatten", ["bent"], ["flat"]))
+    elif head == "Dense":
+        nodes.append(helper.make_node("Flatten", ["features"], ["long"]))
+        nodes.append(helper.make_node("Gemm", ["long", "w4", "b4"], ["hidden"], name="hidden", transB=1))
+        nodes.append(helper.make_node("Relu", ["hidden"], ["flat"], name="relu3"))
+    elif head == "Tokens":
+        weights.append(numpy_helper.from_array(np.array([0, 12, -1]), "rows_of_tokens"))
+        nodes.append(helper.make_node("Reshape", ["features", "rows_of_tokens"], ["rows"]))
+        nodes.append(helper.make_node("Transpose", ["rows"], ["tokens"], perm=[0, 2, 1]))
+        nodes.append(helper.make_node("Tanh", ["tokens"], ["bent"], name="bend"))
+        nodes.append(helper.make_node("ReduceMean", ["bent"], ["flat"], axes=[1], keepdims=0))
     else:
         nodes.append(helper.make_node("GlobalAveragePool", ["features"], ["pooled"], name="pool"))
         nodes.append(helper.make_node("Flatten", ["pooled"], ["flat"]))
     nodes.append(helper.make_node("Gemm", ["flat", "w3", "b3"], ["logits"], name="classifier", transB=1))
+    used = {name for node in nodes for name in node.input}
+    weights += [tensor(name, values) for name, values in more.items() if name in used]
     output = "logits"
     if end:
         axis = {"axis": 1} if end == "Softmax" else {}
@@ -97,6 +139,13 @@ def classifier(
     return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8)
 
 
+def _normalised(number: int, body: str) -> list[onnx.NodeProto]:
+    if body != "norm":
+        return []
+    inputs = [f"c{number}", *(f"{name}{number}" for name in ("scale", "shift", "mean", "variance"))]
+    return [helper.make_node("BatchNormalization", inputs, [f"n{number}"], name=f"norm{number}")]
+
+
 SPEC = {
     "input_size": [3, *SIZE],
     "mean": [0.5, 0.45, 0.4],
@@ -111,8 +160,9 @@ SPEC = {
 
 def _save_model(path: Path, spec: dict | None = None, **options) -> Path:
     onnx.save(classifier(**options), path)
+    spec = {"input_size": [3, *options.get("size", SIZE)], **(spec or {})}
     kind = {"Softmax": "probabilities", "Sigmoid": "sigmoid"}.get(options.get("end") or "", "logits")
-    path.with_suffix(".json").write_text(json.dumps({**SPEC, "output": kind, **(spec or {})}))
+    path.with_suffix(".json").write_text(json.dumps({**SPEC, "output": kind, **spec}))
     return path
 
 

@@ -8,14 +8,17 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from ... import BackendError, HeatmillError, ModelError, __version__
+from ... import BackendError, HeatmillError, InputError, ModelError, __version__
 from ...models.find_spec import find_spec
+from ...models.graph.request import Request
 from ...models.graph.tap import Reading, Tap
 from ...models.load import ModelFile, open_model
 from ...models.spec import ModelSpec
 from ..backends import PRECISIONS, choose, cpu_flags, survey, usable_cores
 from ..methods import METHODS
-from ..opening import read_facts, read_graph
+from ..opening import load_opened, read_graph
+from ..passes import check_backward
+from ..types import MethodCall
 from .probe import probe
 
 FLAGS = ("avx2", "avx512f", "avx512_vnni", "avx512_bf16", "amx_bf16", "amx_int8")
@@ -73,7 +76,7 @@ def describe(
         reading = Reading(opened, (image.height, image.width))
     else:
         reading = None
-    found |= _layers(reading, layer, spec) | {"methods": _methods(opened, spec, reading, layer)}
+    found |= _layers(reading, layer, spec) | {"methods": _methods(opened, spec, source, reading, layer)}
     if spec is None:
         return found | {"trial": None}
     arguments = {
@@ -124,23 +127,38 @@ def _tap(tap: Tap) -> dict[str, Any]:
 
 
 def _methods(
-    model: ModelFile, spec: ModelSpec | None, reading: Reading | None, layer: str | None
+    model: ModelFile, spec: ModelSpec | None, source: str, reading: Reading | None, layer: str | None
 ) -> dict[str, dict[str, Any]]:
-    """For each method whether it runs with its defaults, how many passes an image needs, or why not."""
+    """For each method whether it runs with its defaults, what an image costs, or why not."""
     if spec is None or reading is None:
         return {name: {"runs": False, "reason": "no spec was found"} for name in METHODS}
-    asked = layer or spec.target_layer
-    facts = read_facts(model, spec, reading, reading.choose(asked) if asked else reading.automatic())
     answers: dict[str, dict[str, Any]] = {}
+    known: dict[Request, str | None] = {}
     for name, method in METHODS.items():
-        parameters = {key: parameter.default for key, parameter in method.parameters.items()}
-        if method.needs_tap(parameters) and facts.tap is None:
+        call = MethodCall(method, {key: parameter.default for key, parameter in method.parameters.items()})
+        if call.needs_tap and reading.automatic() is None and not (layer or spec.target_layer):
             answers[name] = {"runs": False, "reason": "the model has no feature map"}
-        elif reason := method.refuses(facts, parameters):
+            continue
+        try:
+            loaded = load_opened(model, spec, source, reading, [call], layer)
+            check_backward(loaded, known)
+        except InputError as err:
+            reason = str(err).removeprefix(f"{model.path.name}: ").removeprefix(f"method {name} can't run: ")
             answers[name] = {"runs": False, "reason": reason}
-        else:
-            answers[name] = {"runs": True, "passes": 1 + method.passes(facts, parameters)}
+            continue
+        back = method.backward(loaded.facts, call.parameters)
+        through = method.through(loaded.facts, call.parameters)
+        answers[name] = {
+            "runs": True,
+            "passes": 1 + method.passes(loaded.facts, call.parameters),
+            "backward": len(back) + (method.passes(loaded.facts, call.parameters) if through else 0),
+            "back_to": None if not (back or through) else "image" if _to_image(back + through) else "layer",
+        }
     return answers
+
+
+def _to_image(requests: tuple[Request, ...]) -> bool:
+    return any(not request.at for request in requests)
 
 
 def describe_text(found: dict[str, Any]) -> str:
@@ -166,12 +184,22 @@ def describe_text(found: dict[str, Any]) -> str:
         prefix = f", {layer['prefix_tokens']} tokens before the grid" if layer["prefix_tokens"] else ""
         lines.append(f"       {mark} {layer['name']}: {layer['channels']} maps of {grid} ({layer['layout']}{prefix})")
     lines.append("methods")
+    verdicts: dict[str, list[str]] = {}
     for name, answer in found["methods"].items():
-        verdict = f"at most {answer['passes']} passes per image" if answer["runs"] else f"can't run: {answer['reason']}"
-        lines.append(f"         {name}: {verdict}")
+        verdict = _cost(answer) if answer["runs"] else f"can't run: {answer['reason']}"
+        verdicts.setdefault(verdict, []).append(name)
+    lines += [f"         {', '.join(names)}: {verdict}" for verdict, names in verdicts.items()]
     if found["trial"] is not None:
         lines.append(f"trial    {_trial_text(found['trial'])}")
     return "\n".join(lines) + "\n"
+
+
+def _cost(answer: dict[str, Any]) -> str:
+    passes = f"at most {answer['passes']} passes per image" if answer["passes"] > 1 else "1 pass per image"
+    if not answer["backward"]:
+        return passes
+    back = f"back to the {answer['back_to']}"
+    return f"{passes} and {back}" if answer["passes"] == 1 else f"{passes}, {answer['backward']} of them {back}"
 
 
 def _trial_text(trial: dict[str, Any]) -> str:

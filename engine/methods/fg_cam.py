@@ -90,9 +90,13 @@ def denoised(parts: Array) -> Array:
 
 
 def read(facts: Facts, shown: Observation, row: int, expansion: Expansion, parameters: Parameters) -> Array:
-    """Its channels' sum, and the share that arrived."""
+    """Its channels' sum, and the share that arrived: of denoised maps, which sum to nothing, by magnitude."""
     (returned,) = shown.returned
-    return np.append(returned.values[0].sum(axis=0).ravel(), returned.kept[0])
+    share = float(returned.kept[0])
+    if parameters["denoise"] == "yes" and expansion.starts is not None:
+        sent = float(np.abs(expansion.starts[row]).sum(dtype=np.float64))
+        share = float(np.abs(returned.values[0]).sum(dtype=np.float64)) / sent if sent else 0.0
+    return np.append(returned.values[0].sum(axis=0).ravel(), share)
 
 
 def combine(

@@ -19,10 +19,12 @@ from ... import ModelError
 from .canonize import Graph, Op, product
 from .emit import PREFIX, Emitter
 from .request import Request
+from .tap import reads
 
 Array = npt.NDArray[Any]
 Grads = Sequence[str | None]
 Rule = Callable[["Walk", Op, Grads], Sequence[str | None]]
+Bounds = tuple[npt.ArrayLike, npt.ArrayLike]
 
 TARGETS = f"{PREFIX}targets"
 START = f"{PREFIX}start"
@@ -63,14 +65,23 @@ class Walk:
         graph: the canonical classifier.
         emit: where nodes are written.
         portable: keep to operators that TensorRT takes too, where a rule has a faster form that only ONNX Runtime runs.
+        bounds: the least and the greatest number of the image, one for all channels or one for each, where known.
         needed: the values that depend on what is asked for; a rule may leave out the others.
         notes: what a user should be told of the rules that were taken.
     """
 
-    def __init__(self, graph: Graph, emit: Emitter, ends: Sequence[str], portable: bool = False) -> None:
+    def __init__(
+        self,
+        graph: Graph,
+        emit: Emitter,
+        ends: Sequence[str],
+        portable: bool = False,
+        bounds: Bounds | None = None,
+    ) -> None:
         self.graph = graph
         self.emit = emit
         self.portable = portable
+        self.bounds = bounds
         self.ends = tuple(ends)
         self.needed = graph.dependents(ends)
         self.notes: dict[str, None] = {}
@@ -110,8 +121,7 @@ class Walk:
             Unsupported: operators without a rule lie between; all of them are named.
         """
         found: dict[str, list[str]] = {name: [seed] for name, seed in seeds.items()}
-        refused: list[str] = []
-        lowest: list[str] = []
+        refused: dict[tuple[str, str], list[str]] = {}
         for op in reversed(self.graph.ops):
             if not any(found.get(name) for name in op.outputs) or self.needed.isdisjoint(op.inputs):
                 continue
@@ -121,20 +131,25 @@ class Walk:
                     raise Unsupported(f"{op.kind} has no rule")
                 parts = rules[op.kind](self, op, sent)
             except Unsupported as err:
-                refused.append(f"{op.text}: {err}")
-                lowest += op.outputs
+                refused.setdefault((op.kind, str(err)), []).append(op.text)
                 parts = [sent[0] for _ in op.inputs]  # only so that the walk goes on and finds the others
             for name, part in zip(op.inputs, parts, strict=False):
                 if part is not None and name in self.needed:
                     found.setdefault(name, []).append(part)
         if refused:
-            count = f"{len(refused)} operator{'s' if len(refused) > 1 else ''}"
-            shown = "; ".join(dict.fromkeys(refused[:4])) + ("; ..." if len(refused) > 4 else "")
-            raise Unsupported(f"{count} on the way back have no rule: {shown}")
+            count = sum(map(len, refused.values()))
+            lack = f"{count} operators on the way back have" if count > 1 else "1 operator on the way back has"
+            alike = [
+                f"{names[0]}{f' and {len(names) - 1} more' if names[1:] else ''}: {reason}"
+                for (_, reason), names in refused.items()
+            ]
+            raise Unsupported(f"{lack} no rule: {'; '.join(alike[:4])}{'; ...' if alike[4:] else ''}")
         results = {}
         for end in self.ends:
             whole = self.total(found.get(end, []))
-            results[end] = self.emit.op("Mul", end, 0.0) if whole is None else whole
+            if whole is None:
+                raise Unsupported(f"nothing leads from {', '.join(map(repr, seeds))} back to {end!r}")
+            results[end] = whole
         return results
 
 
@@ -145,6 +160,7 @@ def build(
     ranks: int = 0,
     keep: Sequence[str] = (),
     portable: bool = False,
+    bounds: Bounds | None = None,
 ) -> Built:
     """Forward and backward in one graph.
 
@@ -155,16 +171,17 @@ def build(
         ranks: the greatest rank that a target may ask for.
         keep: inner values to put out as well.
         portable: keep to operators that TensorRT takes too.
+        bounds: the least and the greatest number of the image, one for all channels or one for each.
 
     Raises:
         Unsupported: an operator on the way has no rule.
     """
-    emit = Emitter(graph.names | {TARGETS, START, CLASSES}, graph.dtype)
+    emit = Emitter(graph.names | {TARGETS, START, CLASSES}, graph.dtype, graph.hollow)
     classes = _classes(graph, emit, targets, ranks)
     passes: dict[tuple[str, ...], list[str]] = {}
     for request in requests:
         passes.setdefault(_same_pass(request), []).append(request.at or graph.image)
-    walks = {key: Walk(graph, emit, list(dict.fromkeys(ends)), portable) for key, ends in passes.items()}
+    walks = {key: Walk(graph, emit, list(dict.fromkeys(ends)), portable, bounds) for key, ends in passes.items()}
     columns = [emit.op("Slice", classes, [k], [k + 1], [1]) for k in range(targets)]
     done = {key: [_send(walk, key, column) for column in columns] for key, walk in walks.items()}
     outputs: list[Outputs] = []
@@ -259,7 +276,7 @@ def _assembled(
         name = waiting.pop()
         if name not in needed:
             needed.add(name)
-            waiting += [value for value in producer[name].input if value] if name in producer else []
+            waiting += reads(producer[name]) if name in producer else []
     fixed: int | None = graph.shape(graph.input)[0]
     rows: int | str = "N" if fixed is None else fixed
     inputs = [value for value in graph.proto.graph.input if value.name in needed or value.name == graph.input]

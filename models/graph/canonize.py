@@ -8,7 +8,7 @@ batch.
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -20,7 +20,7 @@ from onnx.reference import ReferenceEvaluator
 
 from ... import ModelError
 from ..load import ModelFile, inline_external_data, strip_weights
-from .tap import Shapes, make_batch_dynamic, set_input, with_outputs
+from .tap import Shapes, captured, has_data, make_batch_dynamic, reads, set_input, with_outputs
 
 Array = npt.NDArray[Any]
 Dims = tuple[int | None, ...]
@@ -28,6 +28,7 @@ Dims = tuple[int | None, ...]
 LEAST_OPSET = 13
 RAISED_OPSET = 18
 FLOATS = (TensorProto.FLOAT, TensorProto.FLOAT16, TensorProto.DOUBLE, TensorProto.BFLOAT16)
+MAX_HOLLOW = 1 << 14  # bytes of a weight that is kept where the others are left out
 MAX_FOLDED = 1 << 28  # numbers in a constant that is worked out here
 NO_SLOPE = frozenset({"Shape", "Size", "ArgMax", "ArgMin", "Sign", "Floor", "Ceil", "Round", "NonZero", "OneHot"}) | {
     *("Equal", "Greater", "GreaterOrEqual", "Less", "LessOrEqual", "And", "Or", "Not", "Xor", "IsNaN", "IsInf")
@@ -62,6 +63,7 @@ class Graph:
         image: the first floating value of the image: the input, or what a Cast makes of it.
         scores: the raw scores.
         dtype: the floating type of every value.
+        hollow: whether it has no large weights.
     """
 
     def __init__(
@@ -71,11 +73,12 @@ class Graph:
         scores: str,
         shapes: Mapping[str, Dims],
         dtype: npt.DTypeLike = np.float32,
+        hollow: bool = False,
     ) -> None:
+        self.hollow = hollow
         self.proto = proto
         self.dtype = np.dtype(dtype)
         self.scores = scores
-        self.file = model.path.name
         self.input = model.input.name
         self.shapes = shapes
         self.ops = [_op(node) for node in proto.graph.node]
@@ -94,7 +97,7 @@ class Graph:
         if name not in self._tensors:
             return None
         if name not in self._arrays:
-            array = numpy_helper.to_array(self._tensors[name])
+            array = _array(self._tensors[name])
             if array.size > 4096:  # a view of the weight's own bytes: nothing to keep
                 return array
             self._arrays[name] = array
@@ -108,7 +111,7 @@ class Graph:
         """
         shape = self.shapes.get(name)
         if shape is None:
-            raise ModelError(f"{self.file}: the shape of {name!r} is computed from the image's content")
+            raise ModelError(f"the shape of {name!r} can't be worked out before the graph runs")
         return shape
 
     def dependents(self, ends: Iterable[str]) -> set[str]:
@@ -135,7 +138,7 @@ class Graph:
         while True:
             users = self.users.get(name, [])
             if len(users) != 1 or users[0].kind not in ("Cast", "Transpose", "Identity", "DequantizeLinear"):
-                raise ModelError(f"{self.file}: found no float form of the image {self.input!r} to differentiate at")
+                raise ModelError(f"found no float form of the image {self.input!r} to differentiate at")
             name = users[0].outputs[0]
             if users[0].kind == "DequantizeLinear" or users[0].get("to", 0) in FLOATS:
                 return name
@@ -150,6 +153,7 @@ def canonize(
     batch: int | None = None,
     dtype: npt.DTypeLike = np.float32,
     fold_norm: bool = True,
+    hollow: bool = False,
 ) -> Graph:
     """A classifier in canonical form.
 
@@ -161,25 +165,28 @@ def canonize(
         batch: a fixed number of rows; None opens the batch axis where the file fixes it.
         dtype: what every float becomes; maps of fp16 files are computed in fp32 too.
         fold_norm: fold batch normalisation into the operator before it.
+        hollow: leave large weights out, which then count as zeros: enough, and quick, to see what can be built.
 
     Raises:
         ModelError: the graph can't be raised to opset 13, or has more than 2 GiB of weights.
     """
-    proto = with_outputs(model.proto, [scores, *keep])
+    proto = with_outputs(strip_weights(model.proto, MAX_HOLLOW) if hollow else model.proto, [scores, *keep])
     _drop_weight_inputs(proto)
-    inline_external_data(proto, model)
+    if not hollow:
+        inline_external_data(proto, model)
     if _opset(proto) < LEAST_OPSET:
         proto = _raised(proto, model)
+    batches = (2, 3) if batch is None else (batch,)
     if batch is None:
         make_batch_dynamic(proto, model)
     set_input(proto, model, batch="N" if batch is None else batch, size=size)
     _cast_floats(proto, np.dtype(dtype))
-    _fold_constants(proto)
+    _settle(proto, [_known(proto, model, rows, size).constants for rows in batches])
+    _fold_constants(proto, _known(proto, model, batches[0], size) if hollow else None)
     if fold_norm:
         _fold_norm(proto, set(keep))
-    batches = (2, 3) if batch is None else (batch,)
-    shapes = [_shapes(proto, model, rows, size) for rows in batches]
-    return Graph(proto, model, scores, _merged(shapes, batches), dtype)
+    shapes = [_known(proto, model, rows, size).shapes for rows in batches]
+    return Graph(proto, model, scores, _merged(shapes, batches), dtype, hollow)
 
 
 def _op(node: onnx.NodeProto) -> Op:
@@ -187,7 +194,7 @@ def _op(node: onnx.NodeProto) -> Op:
     for found in node.attribute:
         value = helper.get_attribute_value(found)
         attributes[found.name] = value.decode() if isinstance(value, bytes) else value
-    return Op(node.op_type, node.name, tuple(node.input), tuple(node.output), attributes)
+    return Op(node.op_type, node.name, (*node.input, *captured(node)), tuple(node.output), attributes)
 
 
 def _opset(proto: onnx.ModelProto) -> int:
@@ -228,15 +235,18 @@ def _cast_floats(proto: onnx.ModelProto, dtype: np.dtype[Any]) -> None:
     wanted = helper.np_dtype_to_tensor_dtype(dtype)
     others = [kind for kind in FLOATS if kind != wanted]
     graph = proto.graph
-    tensors = list(graph.initializer)
+    scales = {name for node in graph.node if node.op_type == "Resize" for name in node.input[2:3]}  # of one type ever
+    tensors = [tensor for tensor in graph.initializer if tensor.name not in scales]
     for node in graph.node:
         for found in node.attribute:
-            if found.type == onnx.AttributeProto.TENSOR:
+            if found.type == onnx.AttributeProto.TENSOR and scales.isdisjoint(node.output):
                 tensors.append(found.t)
             elif node.op_type == "Cast" and found.name == "to" and found.i in others:
                 found.i = wanted
     for tensor in tensors:
-        if tensor.data_type in others:
+        if tensor.data_type in others and not has_data(tensor):
+            tensor.data_type = wanted
+        elif tensor.data_type in others:
             tensor.CopyFrom(numpy_helper.from_array(numpy_helper.to_array(tensor).astype(dtype), tensor.name))
     for value in graph.output:
         if value.type.tensor_type.elem_type in others:
@@ -251,8 +261,11 @@ def _cast_floats(proto: onnx.ModelProto, dtype: np.dtype[Any]) -> None:
             graph.node.insert(0, helper.make_node("Cast", [value.name], [cast], name=cast, to=wanted))
 
 
-def _fold_constants(proto: onnx.ModelProto) -> None:
-    """Work out every node whose inputs are all constant; what it gives becomes an initializer."""
+def _fold_constants(proto: onnx.ModelProto, known_shapes: Shapes | None) -> None:
+    """Work out every node whose inputs are all constant; what it gives becomes an initializer.
+
+    Of a constant that has lost its data only type and shape are worked out, from `known_shapes`.
+    """
     graph = proto.graph
     known = {tensor.name: tensor for tensor in graph.initializer}
     outputs = {value.name for value in graph.output}
@@ -265,6 +278,11 @@ def _fold_constants(proto: onnx.ModelProto) -> None:
         if not constant or not outputs.isdisjoint(node.output) or node.op_type.startswith("Random"):
             kept.append(node)
             continue
+        if known_shapes is not None and not all(has_data(known[name]) for name in inputs):
+            hollow = {name: known_shapes.hollow(name) for name in node.output}
+            if all(tensor is not None for tensor in hollow.values()):
+                known |= {name: tensor for name, tensor in hollow.items() if tensor is not None}
+                continue
         values = [onnx.ValueInfoProto(name=name) for name in dict.fromkeys(inputs)]
         results = [onnx.ValueInfoProto(name=name) for name in node.output if name]
         alone = helper.make_model(helper.make_graph([node], "constant", values, results), opset_imports=opsets)
@@ -289,7 +307,7 @@ def _fold_norm(proto: onnx.ModelProto, keep: set[str]) -> None:
     producer = {name: node for node in graph.node for name in node.output}
     uses: dict[str, int] = {}
     for node in graph.node:
-        for name in node.input:
+        for name in reads(node):
             uses[name] = uses.get(name, 0) + 1
     gone = []
     for norm in [node for node in graph.node if node.op_type == "BatchNormalization"]:
@@ -299,10 +317,10 @@ def _fold_norm(proto: onnx.ModelProto, keep: set[str]) -> None:
         constants = [*linear.input[1:], *norm.input[1:]]
         if uses[value] != 1 or value in keep or any(name and name not in known for name in constants):
             continue
-        scale, shift, mean, variance = (numpy_helper.to_array(known[name]) for name in norm.input[1:])
+        scale, shift, mean, variance = (_array(known[name]) for name in norm.input[1:])
         epsilon = next((found.f for found in norm.attribute if found.name == "epsilon"), 1e-5)
         factor = scale.astype(np.float64) / np.sqrt(variance.astype(np.float64) + epsilon)
-        weight = numpy_helper.to_array(known[linear.input[1]])
+        weight = _array(known[linear.input[1]])
         attributes = {found.name: helper.get_attribute_value(found) for found in linear.attribute}
         axis, count = 0, len(factor)
         if linear.op_type == "ConvTranspose":
@@ -315,7 +333,7 @@ def _fold_norm(proto: onnx.ModelProto, keep: set[str]) -> None:
                 continue
         along = [count if i == axis else 1 for i in range(weight.ndim)]
         has_bias = len(linear.input) > 2 and linear.input[2]
-        bias = numpy_helper.to_array(known[linear.input[2]]) if has_bias else np.zeros(count)
+        bias = _array(known[linear.input[2]]) if has_bias else np.zeros(count)
         folded = {
             f"{norm.output[0]}/weight": weight * factor.reshape(along),
             f"{norm.output[0]}/bias": (bias - mean) * factor + shift,
@@ -330,10 +348,17 @@ def _fold_norm(proto: onnx.ModelProto, keep: set[str]) -> None:
         _replace(proto, [node for node in graph.node if not any(node is norm for norm in gone)], known)
 
 
+def _array(tensor: TensorProto) -> Array:
+    """A tensor's values; one that has lost its data is zeros, which take no memory."""
+    if has_data(tensor) or not math.prod(tensor.dims):
+        return numpy_helper.to_array(tensor)
+    return np.broadcast_to(np.zeros((), helper.tensor_dtype_to_np_dtype(tensor.data_type)), tuple(tensor.dims))
+
+
 def _replace(proto: onnx.ModelProto, nodes: list[onnx.NodeProto], known: Mapping[str, TensorProto]) -> None:
     """New nodes and constants; constants that nothing reads any more are dropped."""
     graph = proto.graph
-    used = {name for node in nodes for name in node.input} | {value.name for value in graph.output}
+    used = {name for node in nodes for name in reads(node)} | {value.name for value in graph.output}
     copies = [onnx.NodeProto.FromString(node.SerializeToString()) for node in nodes]
     tensors = [known[name] for name in known if name in used]
     tensors = [TensorProto.FromString(tensor.SerializeToString()) for tensor in tensors]
@@ -343,16 +368,34 @@ def _replace(proto: onnx.ModelProto, nodes: list[onnx.NodeProto], known: Mapping
     graph.initializer.extend(tensors)
 
 
-def _shapes(
-    proto: onnx.ModelProto, model: ModelFile, batch: int, size: tuple[int, int]
-) -> Mapping[str, tuple[int, ...]]:
+def _known(proto: onnx.ModelProto, model: ModelFile, batch: int, size: tuple[int, int]) -> Shapes:
+    """Shapes and small constants at one batch size."""
     skeleton = strip_weights(proto, keep_bytes=1 << 15)
     del skeleton.graph.value_info[:]
     set_input(skeleton, model, batch=batch, size=size)
-    return Shapes(skeleton).shapes
+    return Shapes(skeleton)
 
 
-def _merged(found: list[Mapping[str, tuple[int, ...]]], batches: tuple[int, ...]) -> dict[str, Dims]:
+def _settle(proto: onnx.ModelProto, found: Sequence[Mapping[str, Array]]) -> None:
+    """What exporters compute from shapes at run time, and does not follow the batch, becomes constant."""
+    graph = proto.graph
+    outputs = {value.name for value in graph.output}
+    known = {tensor.name: tensor for tensor in graph.initializer}
+    kept = []
+    for node in graph.node:
+        settled = all(
+            name in constants and name in found[0] and np.array_equal(constants[name], found[0][name])
+            for constants in found
+            for name in node.output
+        )
+        if not settled or not node.output or not outputs.isdisjoint(node.output):
+            kept.append(node)
+            continue
+        known |= {name: numpy_helper.from_array(np.asarray(found[0][name]), name) for name in node.output}
+    _replace(proto, kept, known)
+
+
+def _merged(found: Sequence[Mapping[str, tuple[int, ...]]], batches: tuple[int, ...]) -> dict[str, Dims]:
     """Sizes that agree at both batch sizes are fixed; those that grow with the batch are None."""
     if len(batches) == 1:
         return dict(found[0])

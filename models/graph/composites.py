@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from .relevance_rules import AlphaBeta, Epsilon, Flat, Gamma, LinearRule, ZBox, ZPlus
@@ -21,6 +21,7 @@ class Composite:
             positive, and makes averages use positive inputs only.
         norm: what a BatchNormalization that could not be folded does: "epsilon" treats it as a linear layer of one
             weight for each channel, "pass" as an activation.
+        fold_norm: whether batch normalisation is to be folded into the layers before it.
         eps: stabilises the denominators of sums, averages and normalisations.
     """
 
@@ -29,8 +30,12 @@ class Composite:
     first: LinearRule | None = None
     pool: Literal["winner", "ties", "proportional"] = "winner"
     norm: Literal["epsilon", "pass"] = "pass"
+    fold_norm: bool = True
     eps: float = 1e-6
 
+
+_Z_PLUS = ZPlus(eps=1e-9)
+_FG_CAM = Composite(ZPlus(eps=0), ZPlus(eps=0), first=ZBox(own=True, eps=0), pool="proportional", eps=0)
 
 COMPOSITES: dict[str, Composite] = {
     # LRP-0 everywhere: input times gradient for ReLU networks.
@@ -42,11 +47,13 @@ COMPOSITES: dict[str, Composite] = {
     "epsilon-gamma-box": Composite(Gamma(0.25), Epsilon(), first=ZBox()),
     "epsilon-alpha2-beta1": Composite(AlphaBeta(2, 1), Epsilon()),
     # From here on z+ has no bias, so that relevance is conserved.
+    "z-plus": Composite(_Z_PLUS, _Z_PLUS, eps=1e-9),
     # Deep Taylor decomposition: Montavon et al. 2017, doi:10.1016/j.patcog.2016.11.008.
-    "deep-taylor": Composite(ZPlus(), ZPlus(), first=ZBox()),
+    "deep-taylor": Composite(_Z_PLUS, _Z_PLUS, first=ZBox(eps=1e-9), eps=1e-9),
     # Gu, Yang and Tresp 2018, arXiv 1812.02100, as their published code has it.
-    "clrp": Composite(ZPlus(eps=1e-9), ZPlus(eps=1e-9), first=ZBox(eps=1e-9), pool="ties", eps=1e-9),
-    "z-plus": Composite(ZPlus(), ZPlus()),
-    # Qiu, Jin and Zhang 2024, arXiv 2303.09171, with batch normalisation folded; sums, which it lacks, proportionally.
-    "fg-cam": Composite(ZPlus(eps=0), ZPlus(eps=0), first=ZBox(own=True, eps=0), pool="proportional", eps=0),
+    "clrp": Composite(_Z_PLUS, _Z_PLUS, first=ZBox(eps=1e-9), pool="ties", eps=1e-9),
+    # Qiu, Jin and Zhang 2024, arXiv 2303.09171; sums, which it lacks, divide in proportion. Its code passes over batch
+    # normalisation and ignores its scale and sign.
+    "fg-cam": _FG_CAM,
+    "fg-cam-paper": replace(_FG_CAM, fold_norm=False),
 }

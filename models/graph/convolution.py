@@ -93,10 +93,6 @@ def _fixed(sizes: Sequence[int | None]) -> Sizes:
 
 def convolved(walk: Walk, value: str, weight: str | Array, found: Windows, group: int = 1) -> str:
     """A convolution without bias that has exactly these windows; it is what the input of a ConvTranspose receives."""
-    spare = [min(0, over) if -over >= stride else 0 for over, stride in zip(found.over, found.strides, strict=True)]
-    if any(spare):  # a last window more would fit: a ConvTranspose with much output_padding
-        last = [size + over for size, over in zip(found.size, spare, strict=True)]
-        value = walk.emit.op("Slice", value, [0] * found.rank, last, [axis + 2 for axis in range(found.rank)])
     return walk.emit.op(
         "Conv",
         value,

@@ -14,6 +14,7 @@ Array = npt.NDArray[Any]
 Operand = str | float | Array | Sequence[int] | None
 
 PREFIX = "heatmill/"
+MAX_HOLLOW = 4096
 
 
 class Emitter:
@@ -26,12 +27,14 @@ class Emitter:
     Args:
         taken: the names that the graph already uses.
         dtype: the floating type that the graph computes in.
+        hollow: large constants are not stored; the graph can be checked, not run.
     """
 
-    def __init__(self, taken: Iterable[str], dtype: npt.DTypeLike = np.float32) -> None:
+    def __init__(self, taken: Iterable[str], dtype: npt.DTypeLike = np.float32, hollow: bool = False) -> None:
         self.nodes: list[onnx.NodeProto] = []
         self.constants: list[onnx.TensorProto] = []
         self.dtype = np.dtype(dtype)
+        self.hollow = hollow
         self._taken = set(taken)
         self._known: dict[tuple[str, tuple[int, ...], bytes], str] = {}
         self._count = 0
@@ -60,11 +63,16 @@ class Emitter:
     def const(self, value: float | Array | Sequence[int]) -> str:
         """A constant; equal ones are stored once."""
         if isinstance(value, np.ndarray):
-            array = value.astype(self.dtype) if np.issubdtype(value.dtype, np.floating) else value
+            array = value.astype(self.dtype, copy=False) if np.issubdtype(value.dtype, np.floating) else value
         elif isinstance(value, int | float):
             array = np.asarray(value, self.dtype)
         else:
             array = np.asarray(value, np.int64)
+        if self.hollow and array.size > MAX_HOLLOW:
+            name = self.name("const")
+            kind = helper.np_dtype_to_tensor_dtype(array.dtype)
+            self.constants.append(onnx.TensorProto(name=name, data_type=kind, dims=array.shape))
+            return name
         key = (array.dtype.str, array.shape, array.tobytes())
         if key not in self._known:
             name = self._known[key] = self.name("const")

@@ -1,6 +1,8 @@
-"""What is known of a classifier's values before relevance is sent: their signs, where they come from, who gates whom."""
+"""What is known of a classifier's values before relevance is sent: their signs and origins, and which are gates."""
 
 from __future__ import annotations
+
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -8,35 +10,35 @@ import onnx
 from onnx import helper
 from onnx.reference import ReferenceEvaluator
 
+from .backward import Bounds
 from .canonize import Graph, Op
 
 LINEAR = frozenset({"Conv", "ConvTranspose", "Gemm", "MatMul"})
 
 # What an operator makes of non-negative values.
 ALWAYS_POSITIVE = frozenset({"Relu", "Sigmoid", "Softmax", "HardSigmoid", "Softplus", "Exp", "Abs", "Sqrt"}) | {
-    *("ReduceL1", "ReduceL2", "ReduceSumSquare", "LpPool", "GlobalLpPool")
+    *("ReduceL1", "ReduceL2", "ReduceSumSquare", "LpPool", "GlobalLpPool"),
 }
-KEEPS_SIGN = frozenset({"LeakyRelu", "PRelu", "Elu", "Selu", "Celu", "HardSwish", "Tanh", "Erf", "Gelu", "Mish", "Pow"}) | {
-    *("MaxPool", "AveragePool", "GlobalAveragePool", "GlobalMaxPool", "LRN", "Swish", "Softsign", "Reciprocal"),
-    *("ReduceMean", "ReduceSum", "ReduceMax", "ReduceMin", "Identity", "Dropout", "Cast", "QuantizeLinear"),
-    *("DequantizeLinear", "Reshape", "Flatten", "Squeeze", "Unsqueeze", "Transpose", "Slice", "Split", "Gather"),
-    *("Expand", "Tile", "DepthToSpace", "SpaceToDepth"),
+KEEPS_SIGN = frozenset({"LeakyRelu", "PRelu", "Elu", "Selu", "Celu", "HardSwish", "Swish", "Gelu", "Mish"}) | {
+    *("Tanh", "Erf", "Softsign", "Pow", "Reciprocal", "Identity", "Dropout", "Cast", "LRN"),
+    *("QuantizeLinear", "DequantizeLinear", "MaxPool", "AveragePool", "GlobalAveragePool", "GlobalMaxPool"),
+    *("ReduceMean", "ReduceSum", "ReduceMax", "ReduceMin", "Reshape", "Flatten", "Squeeze", "Unsqueeze"),
+    *("Transpose", "Slice", "Split", "Gather", "Expand", "Tile", "DepthToSpace", "SpaceToDepth"),
 }
 KEEPS_SIGN_OF_ALL = frozenset({"Concat", "Add", "Sum", "Mean", "Mul", "Div", "Min"})
 
 # Operators that work number by number.
-ELEMENTWISE = frozenset({"Relu", "LeakyRelu", "PRelu", "Elu", "Selu", "Celu", "Sigmoid", "HardSigmoid", "HardSwish"}) | {
-    *("Swish", "Tanh", "Softplus", "Softsign", "Gelu", "Mish", "Erf", "Clip", "Abs", "Neg", "Sqrt", "Exp", "Log", "Pow"),
-    *("Reciprocal", "ThresholdedRelu", "Identity", "Dropout", "Cast", "QuantizeLinear", "DequantizeLinear"),
-    *("Add", "Sub", "Mul", "Div", "Sum", "Max", "Min"),
+ELEMENTWISE = frozenset({"Relu", "LeakyRelu", "PRelu", "Elu", "Selu", "Celu", "ThresholdedRelu", "Clip"}) | {
+    *("HardSwish", "Swish", "Gelu", "Mish", "Sigmoid", "HardSigmoid", "Tanh", "Softplus", "Softsign", "Erf"),
+    *("Abs", "Neg", "Sqrt", "Exp", "Log", "Pow", "Reciprocal", "Identity", "Dropout", "Cast"),
+    *("QuantizeLinear", "DequantizeLinear", "Add", "Sub", "Mul", "Div", "Sum", "Max", "Min"),
 }
 SHAPING = frozenset({"Reshape", "Flatten", "Squeeze", "Unsqueeze", "Transpose", "Expand", "Tile"})
 STATISTICS = frozenset({"ReduceMean", "ReduceSum", "ReduceMax", "ReduceMin", "GlobalAveragePool"})
 SQUASHING = {"Sigmoid": 2, "HardSigmoid": 2, "Softmax": 2, "Tanh": 1, "Clip": 1}
 NARROWER = 3
 
-Bounds = tuple[npt.ArrayLike, npt.ArrayLike]
-Array = npt.NDArray[np.floating]
+Array = npt.NDArray[Any]
 
 
 class Facts:
@@ -142,7 +144,7 @@ def bounds_at(graph: Graph, name: str, bounds: Bounds) -> tuple[Array, Array]:
     edges = [np.broadcast_to(np.asarray(edge, np.float64).reshape(along), shape) for edge in bounds]
     if name != graph.image:
         between = _between(graph, name)
-        edges = [np.asarray(between.run(None, {graph.image: edge.astype(graph.dtype)})[0]) for edge in edges]
+        edges = [np.asarray(*between.run(None, {graph.image: edge.astype(graph.dtype)})) for edge in edges]
     low, high = np.minimum(*edges), np.maximum(*edges)
     return _narrowed(low), _narrowed(high)
 
@@ -195,7 +197,7 @@ def _nonnegative(graph: Graph) -> frozenset[str]:
         if op.kind == "Where":
             return all(holds(name) for name in op.inputs[1:])
         if op.kind == "Clip":
-            least, most = ((*op.inputs, "", "")[i] for i in (1, 2))
+            least, most = [*op.inputs[1:], "", ""][:2]
             return holds(least) or (holds(op.inputs[0]) and (not most or holds(most)))
         if op.kind == "DequantizeLinear" and len(op.inputs) > 2:
             middle = graph.constant(op.inputs[2])  # the whole range of an unsigned type lies above its zero point 0
@@ -205,7 +207,9 @@ def _nonnegative(graph: Graph) -> frozenset[str]:
             filling = op.inputs[2] if len(op.inputs) > 2 else ""
             return holds(op.inputs[0]) and (not filling or holds(filling))
         if op.kind == "Resize":
-            steady = op.get("mode", "nearest") != "cubic" and not op.get("coordinate_transformation_mode", "").startswith("tf_")
+            steady = op.get("mode", "nearest") != "cubic" and not op.get(
+                "coordinate_transformation_mode", ""
+            ).startswith("tf_")
             return steady and holds(op.inputs[0])
         return op.kind in KEEPS_SIGN and holds(op.inputs[0])
 
@@ -213,5 +217,3 @@ def _nonnegative(graph: Graph) -> frozenset[str]:
         if certain(op):
             found.update(op.outputs)
     return frozenset(found)
-
-

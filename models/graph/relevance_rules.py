@@ -16,179 +16,19 @@ whose denominator is zero sends nothing.
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, ClassVar, Protocol
 
 import numpy as np
 import numpy.typing as npt
-import onnx
-from onnx import helper
-from onnx.reference import ReferenceEvaluator
 
 from .backward import TINY, Unsupported, Walk
-from .canonize import Op
-from .convolution import conv_adjoint, convolved, windows
-from .relevance_facts import LINEAR, Facts, bounds_at
-from .vjp import VJP
+from .relevance_facts import bounds_at
+from .relevance_units import LinearUnit
 
 Array = npt.NDArray[Any]
 
 IMAGENET_BOUNDS = (-2.1179, 2.64)
-
-
-@dataclass(frozen=True, slots=True)
-class LinearUnit:
-    """A linear operator with constant weights, together with the bias that may be added behind it.
-
-    Attributes:
-        walk: where nodes are written.
-        facts: signs of values.
-        op: Conv, ConvTranspose, Gemm or MatMul.
-        position: which of its operands carries the signal.
-        output: its result, bias included.
-        weight: as the operator takes it, with Gemm's factor worked in.
-        bias: what is added to the result of the signal and the weight, None for nothing.
-        active: the result behind a ReLU where it may be read in the place of `output`: no relevance comes to the
-            outputs in which the two differ.
-        passes_positive: no relevance comes to negative outputs.
-        turned: whether it is `negated`.
-    """
-
-    walk: Walk
-    facts: Facts
-    op: Op
-    position: int
-    output: str
-    weight: Array
-    bias: Array | None
-    active: str | None = None
-    passes_positive: bool = False
-    turned: bool = False
-
-    @property
-    def signal(self) -> str:
-        return self.op.inputs[self.position]
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        """The signal's, with one row."""
-        return tuple(size or 1 for size in self.walk.shape(self.signal))
-
-    def positive(self) -> str:
-        """max(x, 0)."""
-        if self.signal in self.facts.nonnegative:
-            return self.signal
-        return self.walk.once(("positive", self.signal), lambda: self.walk.emit.op("Relu", self.signal))
-
-    def negative(self) -> str | None:
-        """min(x, 0), None where that is zero everywhere."""
-        if self.signal in self.facts.nonnegative:
-            return None
-        return self.walk.once(("negative", self.signal), lambda: self.walk.emit.op("Min", self.signal, 0.0))
-
-    def forward(self, signal: str, weight: Array, bias: Array | None) -> str:
-        """The layer on another input with other weights."""
-        emit, kind = self.walk.emit, self.op.kind
-        if kind == "MatMul":
-            product = emit.op("MatMul", *((signal, weight) if self.position == 0 else (weight, signal)))
-            return product if bias is None else emit.op("Add", product, bias)
-        return emit.op(kind, signal, weight, bias, **self._attributes())
-
-    def of_constant(self, signal: Array, weight: Array, bias: Array | None = None) -> Array:
-        """The layer on a constant input, worked out now."""
-        operands = {"x": np.broadcast_to(signal, self.shape).astype(np.float64), "w": weight.astype(np.float64)}
-        names = ["x", "w"] if self.position == 0 else ["w", "x"]
-        node = helper.make_node(self.op.kind, names, ["y"], **self._attributes())
-        values = [onnx.ValueInfoProto(name=name) for name in ("x", "w", "y")]
-        part = helper.make_graph([node], "constant", values[:2], values[2:])
-        opsets = list(self.walk.graph.proto.opset_import)
-        (result,) = ReferenceEvaluator(helper.make_model(part, opset_imports=opsets)).run(None, operands)
-        return np.asarray(result if bias is None else result + self.along_output(bias))
-
-    def along_output(self, bias: Array) -> Array:
-        """A bias in the shape in which it is added to the output."""
-        if not self.op.kind.startswith("Conv"):
-            return bias
-        return bias.reshape(-1, *[1] * (len(self.shape) - 2))
-
-    def adjoint(self, sent: str, weight: Array) -> str:
-        """What the input receives of `sent` through these weights."""
-        emit, kind = self.walk.emit, self.op.kind
-        if kind == "Gemm":
-            return emit.op("Gemm", sent, weight, transB=0 if self.op.get("transB", 0) else 1)
-        if kind == "MatMul":
-            turned = np.ascontiguousarray(weight.swapaxes(-1, -2))
-            return emit.op("MatMul", *((sent, turned) if self.position == 0 else (turned, sent)))
-        back = conv_adjoint if kind == "Conv" else convolved
-        return back(self.walk, sent, weight, windows(self.walk, self.op), self.op.get("group", 1))
-
-    def own_adjoint(self, sent: str) -> str:
-        """What the input receives of `sent` through the layer's own weights, which are not stored again."""
-        return str(VJP[self.op.kind](self.walk, self.op, [sent])[self.position])
-
-    def negated(self) -> LinearUnit:
-        """With every weight's sign turned, and no bias."""
-        return replace(self, weight=-self.weight, bias=None, turned=True)
-
-    def _attributes(self) -> dict[str, Any]:
-        dropped = ("alpha", "beta") if self.op.kind == "Gemm" else ()
-        return {name: value for name, value in self.op.attributes.items() if name not in dropped}
-
-
-def linear_unit(walk: Walk, facts: Facts, op: Op) -> LinearUnit:
-    """A linear operator as the rules take it.
-
-    Raises:
-        Unsupported: its weights are no constants.
-    """
-    position = 1 if op.kind == "MatMul" and op.inputs[0] not in facts.signals else 0
-    weight = walk.constant(op.inputs[1 - position])
-    bias = walk.constant(op.inputs[2]) if len(op.inputs) > 2 and op.inputs[2] else None
-    if {op.inputs[0], op.inputs[1]} <= facts.signals:
-        raise Unsupported("both factors are computed from the image (attention), for which there is no relevance rule")
-    if weight is None or (bias is None and len(op.inputs) > 2 and op.inputs[2]):
-        raise Unsupported("its weights are not constant")
-    if op.kind == "Gemm":
-        if op.get("transA", 0):
-            raise Unsupported("it takes its input transposed")
-        weight = weight * op.get("alpha", 1.0) if op.get("alpha", 1.0) != 1.0 else weight
-        bias = None if bias is None else bias * op.get("beta", 1.0)
-    if op.kind == "MatMul" and not 2 <= weight.ndim <= len(walk.shape(op.inputs[position])):
-        raise Unsupported("its weights have more axes than its input")
-    unit = LinearUnit(walk, facts, op, position, op.outputs[0], weight, bias)
-    return _with_added(unit)
-
-
-def _with_added(unit: LinearUnit) -> LinearUnit:
-    """The unit with the constant that alone is added to its result as its bias, as exporters write it for MatMul."""
-    graph = unit.walk.graph
-    users = graph.users.get(unit.output, [])
-    if len(users) != 1 or users[0].kind != "Add" or graph.shapes.get(users[0].outputs[0]) != graph.shape(unit.output):
-        return unit
-    first, second = users[0].inputs
-    added = graph.constant(second if first == unit.output else first)
-    if added is None:
-        return unit
-    if unit.op.kind.startswith("Conv"):
-        shape = (1,) * (len(unit.shape) - added.ndim) + added.shape
-        if max((*shape[:1], *shape[2:])) > 1:
-            return unit
-        added = np.broadcast_to(added.ravel(), (graph.shape(unit.output)[1] or 1,))
-    elif unit.op.kind == "Gemm" and added.ndim > 1:
-        added = added.reshape(added.shape[-1]) if added.size == added.shape[-1] else added
-    return replace(unit, output=users[0].outputs[0], bias=added if unit.bias is None else unit.bias + added)
-
-
-def unit_giving(walk: Walk, facts: Facts, value: str) -> LinearUnit | None:
-    """The linear operator whose result, bias included, a value is."""
-    op = walk.graph.producer.get(value)
-    if op is not None and op.kind == "Add":
-        makers = [walk.graph.producer.get(name) for name in op.inputs]
-        op = next((maker for maker in makers if maker is not None and maker.kind in LINEAR), None)
-    if op is None or op.kind not in LINEAR:
-        return None
-    unit = linear_unit(walk, facts, op)
-    return unit if unit.output == value else None
 
 
 @dataclass(frozen=True, slots=True)
@@ -244,7 +84,7 @@ def share(
             whole = emit.op("Add", whole, sum(known, np.zeros(1)))
         return stabilized(walk, whole, eps, nonnegative)
 
-    sent = emit.op("Div", relevance, walk.once(("denominators", key, unit.output, unit.turned), denominators))
+    sent = emit.op("Div", relevance, walk.once(("relevance denominators", key, unit.output, unit.turned), denominators))
     received = []
     for part in parts:
         back = unit.own_adjoint(sent) if part.weight is None else unit.adjoint(sent, part.weight)
@@ -387,8 +227,8 @@ class Gamma:
 
 @dataclass(frozen=True, slots=True)
 class ZBox:
-    """R_i = sum_j (x_i w_ij - l_i w_ij+ - h_i w_ij-) R_j / sum_i (x_i w_ij - l_i w_ij+ - h_i w_ij-) for l <= x <= h, the
-    zB rule (Montavon et al. 2017, doi:10.1016/j.patcog.2016.11.008). The bias cancels.
+    """R_i = sum_j (x_i w_ij - l_i w_ij+ - h_i w_ij-) R_j / sum_i (x_i w_ij - l_i w_ij+ - h_i w_ij-) for l <= x <= h,
+    the zB rule (Montavon et al. 2017, doi:10.1016/j.patcog.2016.11.008). The bias cancels.
 
     l and h are the walk's bounds, which hold at the image; where there are none, -2.1179 and 2.64 for every channel, as
     in the published code of contrastive LRP. With `own` they are each image's least and greatest number, as in FG-CAM.
@@ -401,7 +241,7 @@ class ZBox:
     def __call__(self, unit: LinearUnit, relevance: str) -> str:
         low, high = _own_range(unit) if self.own else _bounds(unit)
         parts = [
-            Part(unit.signal, None, output=lambda: unit.output),
+            Part(unit.signal, None, output=lambda: unit.active or unit.output),
             _edge(unit, low, positive),
             _edge(unit, high, negative),
         ]
@@ -430,8 +270,8 @@ def _own_range(unit: LinearUnit) -> tuple[str, str]:
             return walk.emit.op(kind, unit.signal, axes=axes)
         return walk.emit.op(kind, unit.signal, axes)
 
-    least = walk.once(("least", unit.signal), lambda: extreme("ReduceMin"))
-    return least, walk.once(("greatest", unit.signal), lambda: extreme("ReduceMax"))
+    least = walk.once(("relevance least", unit.signal), lambda: extreme("ReduceMin"))
+    return least, walk.once(("relevance greatest", unit.signal), lambda: extreme("ReduceMax"))
 
 
 def _bounds(unit: LinearUnit) -> tuple[Array, Array]:
@@ -468,7 +308,7 @@ class Flat:
         return _regardless(unit, self, np.ones_like(unit.weight), relevance, self.eps)
 
 
-def _regardless(unit: LinearUnit, rule: LinearRule, weight: Array, relevance: str, eps: float) -> str:
+def _regardless(unit: LinearUnit, rule: WSquare | Flat, weight: Array, relevance: str, eps: float) -> str:
     """The same division for every input: x = 1."""
     part = Part(None, weight, output=lambda: unit.of_constant(np.ones(1), weight))
     return share(unit, rule, [part], relevance, eps, nonnegative=True)

@@ -9,7 +9,8 @@ import numpy as np
 from .backward import START, Unsupported, Walk, one_hot
 from .canonize import product
 from .relevance_facts import Facts
-from .relevance_rules import ZPlus, stabilized, unit_giving
+from .relevance_rules import ZPlus, stabilized
+from .relevance_units import unit_giving
 from .vjp import VJP
 
 # The others are contrasts: a signal for the class less one for the other classes, both of the same mass.
@@ -30,24 +31,29 @@ def _clrp1(walk: Walk, chosen: str) -> str:
 
 
 def _clrp1_code(walk: Walk, chosen: str) -> str:
-    """|z_c| at the class less |z_n| at the others, each divided by its own sum: the published code of Gu et al. 2018."""
+    """|z_c| at the class less |z_n| at the others, each divided by its own sum, as in the code of Gu et al. 2018."""
     emit, rank = walk.emit, len(walk.shape(walk.graph.scores))
-    size = walk.once("size of scores", lambda: emit.op("Abs", walk.graph.scores))
+    size = walk.once("relevance size", lambda: emit.op("Abs", walk.graph.scores))
     target = emit.op("Mul", one_hot(walk, chosen), size)
     return emit.op("Sub", _of_mass_one(walk, target, rank), _of_mass_one(walk, emit.op("Sub", size, target), rank))
 
 
 def _sglrp(walk: Walk, chosen: str) -> str:
-    """The softmax's gradient: p_c (1 - p_c) + 1e-8 at the class and -p_c p_n at the others (Iwana et al. 2019)."""
+    """The softmax's gradient, p_c (1 - p_c) + 1e-8 at the class and -p_c p_n at the others (Iwana et al. 2019).
+
+    The others are scaled to the class's part, as the published code scales its second map. That only matters where the
+    class has all the probability: there p_c p_n would vanish beside 1e-8.
+    """
     emit, shape = walk.emit, walk.shape(walk.graph.scores)
     axis = 1 + int(np.argmax([size or 1 for size in shape[1:]]))
-    chances = walk.once("softmax", lambda: emit.op("Softmax", walk.graph.scores, axis=axis))
     hot = one_hot(walk, chosen)
-    target = emit.op("Mul", hot, chances)
-    others = emit.op("Sub", chances, target)
-    chance = _sum(walk, target, len(shape))
-    peak = emit.op("Add", emit.op("Mul", chance, _sum(walk, others, len(shape))), 1e-8)
-    return emit.op("Sub", emit.op("Mul", hot, peak), emit.op("Mul", chance, others))
+    chances = walk.once("relevance softmax", lambda: emit.op("Softmax", walk.graph.scores, axis=axis))
+    chance = emit.op("Mul", hot, chances)
+    rest = _sum(walk, emit.op("Sub", chances, chance), len(shape))  # 1 - p_c, without cancellation
+    peak = emit.op("Add", emit.op("Mul", _sum(walk, chance, len(shape)), rest), 1e-8)
+    lowest = float(np.finfo(emit.dtype).min)
+    others = emit.op("Softmax", emit.op("Where", emit.op("Greater", hot, 0.5), lowest, walk.graph.scores), axis=axis)
+    return emit.op("Mul", emit.op("Sub", hot, others), peak)
 
 
 STARTS: dict[str, Callable[[Walk, str], str]] = {
@@ -57,7 +63,9 @@ STARTS: dict[str, Callable[[Walk, str], str]] = {
     "clrp1-code": _clrp1_code,
     "sglrp": _sglrp,
 }
-BETWEEN = frozenset({"Reshape", "Flatten", "Squeeze", "Unsqueeze", "Identity", "Dropout"})
+BETWEEN = frozenset({"Reshape", "Flatten", "Squeeze", "Unsqueeze", "Identity", "Dropout", "Cast"}) | {
+    *("QuantizeLinear", "DequantizeLinear"),
+}
 
 
 def started(walk: Walk, facts: Facts, chosen: str, start: str, start_at: str) -> tuple[str, str]:

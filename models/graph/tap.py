@@ -121,7 +121,7 @@ class Reading:
     def tap(self, name: str) -> Tap | None:
         """The value as a feature map, or None where it is not one (no grid of at least 2 x 2)."""
         axes, shape = self.axes.get(name), self.shapes.get(name)
-        if axes is None or shape is None or name == self.model.input.name:
+        if axes is None or shape is None or name == self.model.input.name or axes.letters not in LAYOUTS:
             return None
         letters = axes.letters
         grid = axes.grid if "t" in letters else (shape[letters.index("h")], shape[letters.index("w")])
@@ -148,12 +148,14 @@ class Reading:
         """The last feature map before the final pooling or flattening; None where the graph has no feature map.
 
         A map of class scores that is only pooled afterwards (SqueezeNet) is not a feature map: the choice is then what
-        its convolution reads.
+        its convolution reads. Where the scores read a class token only, the last map is the one that its attention
+        reads: no place of a later map has any influence.
         """
         taps = {tap.name: tap for tap in self.taps()}
         if not taps:
             return None
-        name = next(reversed(taps))
+        read = [name for name in taps if self._grid_is_read(taps[name])]
+        name = next(reversed(taps)) if not read else self._before_projection(read[-1], taps)
         if taps[name].channels == self.model.classes and not self._weighted_after(name):
             while self.producer[name].op_type not in WEIGHTED and self.producer[name].input[0] in taps:
                 name = self.producer[name].input[0]
@@ -200,6 +202,55 @@ class Reading:
             raise ModelError(f"{file}: layer {layer!r} does not lead to the scores {self.model.output!r}")
         return tap
 
+    def _grid_is_read(self, tap: Tap) -> bool:
+        """Whether anything but the tokens before the grid goes on from a map to the scores."""
+        if not tap.prefix:
+            return True
+        needed = ancestors(self.graph, self.model.output, self.producer)
+        waiting, seen = [tap.name], {tap.name}
+        while waiting:
+            name = waiting.pop()
+            for node in self.graph.node:
+                if name not in node.input or not needed.intersection(node.output) or node.op_type == "Shape":
+                    continue
+                after = [self.axes.get(output) for output in node.output]
+                if all(axes is not None and "t" in axes.letters for axes in after):
+                    fresh = [output for output in node.output if output not in seen]
+                    waiting += fresh
+                    seen.update(fresh)
+                elif not self._takes_prefix(node, self.axes[name]):
+                    return True
+        return False
+
+    def _before_projection(self, name: str, taps: Mapping[str, Tap]) -> str:
+        """Of queries, keys or values the map that they are made from."""
+        if not taps[name].prefix:
+            return name
+        value = name
+        while (node := self.producer[value]).op_type in ("Add", "Identity"):
+            inner = [source for source in node.input if source in taps]
+            if len(inner) != 1 or self._joins(node):
+                return name
+            (value,) = inner
+        return node.input[0] if node.op_type == "MatMul" and node.input[0] in taps else name
+
+    def _joins(self, node: onnx.NodeProto) -> bool:
+        """Whether a sum joins two values of the image, as a residual connection does."""
+        return sum(source in self._from_image for source in node.input) > 1
+
+    def _takes_prefix(self, node: onnx.NodeProto, axes: Axes) -> bool:
+        """Whether a node picks only tokens that stand before the grid."""
+        along = axes.letters.index("t")
+        if node.op_type == "Gather" and attribute(node, "axis", 0) % len(axes.letters) == along:
+            picked = self.ints(node.input[1])
+            return picked is not None and all(0 <= index < axes.prefix for index in picked)
+        if node.op_type == "Slice" and len(node.input) > 3:
+            starts, ends, cut = (self.ints(name) for name in node.input[1:4])
+            if starts is None or ends is None or cut is None or len(cut) != 1:
+                return False
+            return cut[0] % len(axes.letters) == along and starts[0] >= 0 and 0 < ends[0] <= axes.prefix
+        return False
+
     def _weighted_after(self, name: str) -> bool:
         needed = ancestors(self.graph, self.model.output, self.producer)
         reached = {name}
@@ -211,6 +262,7 @@ class Reading:
         return False
 
 
+LAYOUTS = ("nchw", "nhwc", "ntc", "nct")
 WEIGHTED = frozenset({"Conv", "Gemm", "MatMul", "QLinearConv", "QLinearMatMul", "ConvInteger", "MatMulInteger"})
 POOLING = frozenset({"MaxPool", "AveragePool", "GlobalAveragePool", "GlobalMaxPool", "LpPool", "QLinearAveragePool"})
 CHANNELS_FIRST = POOLING | {
@@ -235,8 +287,7 @@ def ancestors(graph: onnx.GraphProto, output: str, producer: Mapping[str, onnx.N
             continue
         found.add(name)
         if name in producer:
-            waiting.extend(value for value in producer[name].input if value)
-            waiting.extend(_captured(producer[name]))
+            waiting.extend(reads(producer[name]))
     return found
 
 
@@ -387,7 +438,8 @@ class Shapes:
             self._types[tensor.name] = helper.make_tensor_type_proto(tensor.data_type, tensor.dims)
             self._note(tensor.name)
             stored = tensor.data_location != TensorProto.EXTERNAL
-            if stored and 0 < math.prod(tensor.dims) <= MAX_CONSTANT and _has_data(tensor):
+            count = math.prod(tensor.dims)
+            if stored and count <= MAX_CONSTANT and (has_data(tensor) or not count):
                 self.constants[tensor.name] = numpy_helper.to_array(tensor)
         for node in proto.graph.node:
             self._infer(node)
@@ -397,6 +449,12 @@ class Shapes:
         """Whether a weighted operator works on this element type."""
         inputs = [node.input[0] for node in graph.node if node.op_type in WEIGHTED]
         return any(self._types[name].tensor_type.elem_type == kind for name in inputs if name in self._types)
+
+    def hollow(self, name: str) -> TensorProto | None:
+        """A tensor of a value's type and shape without data; None where either is not known."""
+        if name not in self.shapes:
+            return None
+        return TensorProto(name=name, data_type=self._types[name].tensor_type.elem_type, dims=self.shapes[name])
 
     def _infer(self, node: onnx.NodeProto) -> None:
         try:
@@ -411,6 +469,8 @@ class Shapes:
             )
         except Exception:  # an operator or form that inference does not know: its shape stays unknown
             return
+        if node.op_type == "GroupNormalization" and node.input[0] in self._types:  # inference leaves its shape open
+            types = {node.output[0]: self._types[node.input[0]]}
         self._types.update(types)
         for name in types:
             self._note(name)
@@ -440,7 +500,7 @@ class Shapes:
             self.shapes[name] = tuple(dim.dim_value for dim in tensor.shape.dim)
 
 
-def _has_data(tensor: TensorProto) -> bool:
+def has_data(tensor: TensorProto) -> bool:
     fields = ("raw_data", "float_data", "int32_data", "int64_data", "double_data", "uint64_data")
     return any(len(getattr(tensor, name)) for name in fields)
 
@@ -474,15 +534,20 @@ def with_outputs(proto: onnx.ModelProto, names: Sequence[str]) -> onnx.ModelProt
     return copy
 
 
-def _captured(node: onnx.NodeProto) -> set[str]:
-    """Names that a node's inner graphs may read from outside."""
-    names: set[str] = set()
-    for found in node.attribute:
-        for graph in [found.g, *found.graphs]:
-            for inner in graph.node:
-                names.update(inner.input)
-                names |= _captured(inner)
-    return names
+def reads(node: onnx.NodeProto) -> list[str]:
+    """Every name that a node reads, its inner graphs included."""
+    return [*(name for name in node.input if name), *captured(node)]
+
+
+def captured(node: onnx.NodeProto) -> list[str]:
+    """What a node's inner graphs read, some of it from outside."""
+    return [
+        name
+        for found in node.attribute
+        for graph in (found.g, *found.graphs)
+        for inner in graph.node
+        for name in reads(inner)
+    ]
 
 
 def make_batch_dynamic(proto: onnx.ModelProto, model: ModelFile) -> None:

@@ -404,8 +404,7 @@ def extreme(walk: Walk, op: Op, grads: Grads) -> Sequence[str | None]:
 @vjp("Where")
 def choose(walk: Walk, op: Op, grads: Grads) -> Sequence[str | None]:
     grad, mask = grads[0], op.inputs[0]
-    ways = [(0.0, 0.0), (grad, 0.0), (0.0, grad)]
-    return operands(walk, op, lambda i: walk.emit.op("Where", mask, *ways[i]))
+    return operands(walk, op, lambda i: walk.emit.op("Where", mask, *((grad, 0.0) if i == 1 else (0.0, grad))))
 
 
 @vjp("Expand")
@@ -504,9 +503,9 @@ def einsum(walk: Walk, op: Op, grads: Grads) -> Sequence[str | None]:
 def batch_normalization(walk: Walk, op: Op, grads: Grads) -> Sequence[str | None]:
     if op.get("training_mode", 0):
         raise Unsupported("it is in training mode")
-    scale, variance = constants(walk, op, 1), constants(walk, op, 4)
-    assert scale is not None
-    assert variance is not None
+    scale, variance = walk.constant(op.inputs[1]), walk.constant(op.inputs[4])
+    if scale is None or variance is None:
+        raise Unsupported("its statistics are computed at run time")
     factor = scale.astype(np.float64) / np.sqrt(variance.astype(np.float64) + op.get("epsilon", 1e-5))
     return [walk.emit.op("Mul", grads[0], factor.reshape(_per_channel(walk, op)))]
 
@@ -558,15 +557,13 @@ def instance_normalization(walk: Walk, op: Op, grads: Grads) -> Sequence[str | N
 
 @vjp("GroupNormalization")
 def group_normalization(walk: Walk, op: Op, grads: Grads) -> Sequence[str | None]:
-    scale = constants(walk, op, 1)
-    assert scale is not None
-    x, groups, channels = op.inputs[0], op.get("num_groups", 1), fixed_size(walk, op.inputs[0], 1)
+    refuse_wanted(walk, op, 1, 2)
+    emit, x, groups = walk.emit, op.inputs[0], op.get("num_groups", 1)
     count = product(fixed_size(walk, x, axis) for axis in range(1, len(walk.shape(x)))) // groups
-    grouped = [None, groups, count]
-    lines = walk.once(("grouped", op.outputs[0]), lambda: reshaped(walk, x, grouped))
-    every = np.repeat(scale, channels // len(scale)).reshape(_per_channel(walk, op))  # before opset 21 one per group
-    scaled = reshaped(walk, walk.emit.op("Mul", grads[0], every), grouped)
-    return [reshape_like(walk, standardized(walk, op, lines, scaled, [2], count), x)]
+    lines = walk.once(("lines", op.outputs[0]), lambda: reshaped(walk, x, [None, groups, count]))
+    scaled = emit.op("Mul", grads[0], emit.op("Reshape", op.inputs[1], _per_channel(walk, op)))
+    share = standardized(walk, op, lines, reshaped(walk, scaled, [None, groups, count]), [2], count)
+    return [reshape_like(walk, share, x)]
 
 
 @vjp("LpNormalization")
@@ -815,10 +812,9 @@ def _folded_back(walk: Walk, op: Op, value: str, pairs: dict[int, tuple[int, int
 
 @vjp("Gather")
 def gather(walk: Walk, op: Op, grads: Grads) -> Sequence[str | None]:
-    if walk.constant(op.inputs[1]) is None:
+    index = walk.constant(op.inputs[1])
+    if index is None:
         raise Unsupported("its indices are computed at run time")
-    index = constants(walk, op, 1)
-    assert index is not None
     sizes = walk.shape(op.inputs[0])
     axis = op.get("axis", 0) % len(sizes)
     size = fixed_size(walk, op.inputs[0], axis)
