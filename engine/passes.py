@@ -254,7 +254,8 @@ def _refusal(loaded: Loaded, request: Request) -> str | None:
 
 def _way_out(loaded: Loaded, request: Request) -> str:
     """What a user can do where a request is refused: the layer nearest to the scores, if the way to it is free."""
-    last = loaded.facts.layers[-1].name if loaded.facts.layers else request.at
+    whole = [tap.name for tap in loaded.facts.layers if not tap.prefix]  # after attention, class tokens read no place
+    last = whole[-1] if whole else request.at
     if request.start_at or request.at == last or _refusal(loaded, replace(request, at=last)) is not None:
         return "score-cam and rise need no way back"
     if request.at:

@@ -153,7 +153,7 @@ class Net:
 
 
 def resnet(
-    size: int = 40, width: int = 4, classes: int = 7, depths: Sequence[int] = (1, 2, 1), norm: bool = False
+    size: int = 33, width: int = 4, classes: int = 7, depths: Sequence[int] = (1, 2, 1), norm: bool = False
 ) -> onnx.ModelProto:
     """Bottlenecks behind a strided stem and a max pool; batch normalisation folded by the exporter, or left to us."""
     net = Net(size, classes)
@@ -185,7 +185,7 @@ def vgg(
     return net.proto(net.dense(net("Relu", net.dense(x, hidden)), classes, gain=1.0))
 
 
-def densenet(size: int = 40, width: int = 4, classes: int = 7, depths: Sequence[int] = (2, 2)) -> onnx.ModelProto:
+def densenet(size: int = 33, width: int = 4, classes: int = 7, depths: Sequence[int] = (2, 2)) -> onnx.ModelProto:
     """Batch normalisation before the convolution, where it can't be folded, and ever more channels."""
     net = Net(size, classes)
     x = net("Relu", net.conv(IMAGE, 2 * width, 7, 2, norm=True))
@@ -263,7 +263,7 @@ def inception(size: int = 35, width: int = 4, classes: int = 7) -> onnx.ModelPro
 
 
 def mobilenet_v2(
-    size: int = 40,
+    size: int = 33,
     width: int = 4,
     classes: int = 7,
     stages: Sequence[tuple[int, int, int, int]] = ((1, 1, 1, 1), (4, 2, 2, 2), (4, 3, 1, 2), (4, 4, 2, 1)),
@@ -285,7 +285,7 @@ def mobilenet_v2(
     return net.classified(relu6(net.conv(x, 8 * width)))
 
 
-def mobilenet_v3(size: int = 40, width: int = 4, classes: int = 7) -> onnx.ModelProto:
+def mobilenet_v3(size: int = 33, width: int = 4, classes: int = 7) -> onnx.ModelProto:
     """HardSwish, gates of HardSigmoid, two dense layers, and the padding of TensorFlow."""
     net = Net(size, classes)
 
@@ -303,7 +303,7 @@ def mobilenet_v3(size: int = 40, width: int = 4, classes: int = 7) -> onnx.Model
     return net.proto(net.dense(swish(net.dense(x, 8 * width)), classes, gain=1.0))
 
 
-def efficientnet(size: int = 40, width: int = 4, classes: int = 7) -> onnx.ModelProto:
+def efficientnet(size: int = 33, width: int = 4, classes: int = 7) -> onnx.ModelProto:
     """SiLU and gates of Sigmoid, both a product of what they come from."""
     net = Net(size, classes)
     x = net.silu(net.conv(IMAGE, 2 * width, 3, 2, norm=True))

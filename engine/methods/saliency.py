@@ -41,8 +41,8 @@ def combine(
 
 
 def needs_relu(facts: Facts, parameters: Parameters) -> str | None:
-    if "Relu" not in facts.operators:
-        return "it is defined for ReLU only, and the model has none"
+    if facts.operators.isdisjoint({"Relu", "Clip"}):
+        return "it is defined for ReLU and ReLU6 only, and the model has none"
     return refuses(facts, parameters)
 
 

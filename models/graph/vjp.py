@@ -158,9 +158,6 @@ def guided_relu(walk: Walk, op: Op, grads: Grads) -> Sequence[str | None]:
     return [walk.emit.op("Relu", passed)]
 
 
-GUIDED: dict[str, Rule] = {"Relu": guided_relu}
-
-
 @vjp("Clip")
 def clip(walk: Walk, op: Op, grads: Grads) -> Sequence[str | None]:
     """Strictly between the bounds, as ReLU6 has it in PyTorch."""
@@ -173,6 +170,18 @@ def clip(walk: Walk, op: Op, grads: Grads) -> Sequence[str | None]:
         return masks[0] if len(masks) == 1 else emit.op("And", *masks)
 
     return where(walk, op, grads[0], between) if low or high else [grads[0]]
+
+
+def guided_clip(walk: Walk, op: Op, grads: Grads) -> Sequence[str | None]:
+    """A ReLU that ends above, as ReLU6, is one; other bounds are not."""
+    (passed, *rest) = clip(walk, op, grads)
+    low = walk.constant(op.inputs[1]) if len(op.inputs) > 1 else None
+    if passed is None or low is None or float(low) != 0:
+        return [passed, *rest]
+    return [walk.emit.op("Relu", passed), *rest]
+
+
+GUIDED: dict[str, Rule] = {"Relu": guided_relu, "Clip": guided_clip}
 
 
 @vjp("ThresholdedRelu")

@@ -367,7 +367,7 @@ def test_guided_backpropagation_needs_a_relu(make_model):
         node.op_type = "Sigmoid" if node.op_type == "Relu" else node.op_type
     onnx.save(model, path)
     for method in ("guided-backprop", "smoothgrad:base=guided-backprop"):
-        with pytest.raises(InputError, match="it is defined for ReLU only, and the model has none"):
+        with pytest.raises(InputError, match="it is defined for ReLU and ReLU6 only, and the model has none"):
             Explainer(path, method=method)
     assert Explainer(path, method="saliency").explain(pictures(1)).maps.any()
 
