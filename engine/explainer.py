@@ -131,6 +131,7 @@ class Engine:
             call.method.share(facts, call.parameters, seed) if call.method.share else None for call in calls
         ]
         self._asked = [call.method.backward(facts, call.parameters) for call in calls]
+        self._notes = [self._told(call) for call in calls]
         self._expected = sum(call.method.passes(facts, call.parameters) for call in calls)
         self._lanes: dict[Hashable, int] = {request: taken.batch_size for request, taken in self.passes.through.items()}
         if self._lanes or self.passes.observe:
@@ -138,6 +139,15 @@ class Engine:
         self._buffer = blank_batch(loaded, max([batch_size, *self._lanes.values()]))
         self._masks = np.empty((len(self._buffer), *facts.size), dtype=np.float32)
         self._states: dict[Hashable, _State] = {}
+
+    def _told(self, call: MethodCall) -> dict[str, str]:
+        """What a row says of the rules that its backward graphs took."""
+        facts, values = self.loaded.facts, call.parameters
+        used = [self.passes.through.get(request) for request in call.method.through(facts, values)]
+        if call.method.backward(facts, values):
+            used.append(self.passes.observe)
+        notes = dict.fromkeys(note for taken in used if taken is not None for note in taken.notes)
+        return {"note": "; ".join(notes)} if notes else {}
 
     def stream(self, items: Iterable[Item]) -> Iterator[Explanation]:
         """Explanations of all items: an item's methods and targets come together, items as they finish.
@@ -407,7 +417,7 @@ class Engine:
                 if combined is None or raw_map is None or not np.isfinite(raw_map).all():
                     yield self._nonfinite(key, call, target, source, float(posterior[k]), pred, float(posterior[-1]))
                     continue
-                extras = {**expansion.extras, **combined.extras[k]}
+                extras = {**expansion.extras, **combined.extras[k], **self._notes[method]}
                 if finish.flat(raw_map[None])[0]:
                     extras.setdefault("reason", "flat: every position weighs the same")
                 yield Explanation(

@@ -81,6 +81,7 @@ class Facts:
         tap: the layer that is read.
         head: the linear layer on the pooled tap, or the reason why there is none.
         layers: every feature map, in the graph's order.
+        waists: the names of values that every path from the image to the scores passes.
         operators: the kinds of operators of the graph.
     """
 
@@ -90,6 +91,7 @@ class Facts:
     tap: Tap | None
     head: LinearHead | str
     layers: tuple[Tap, ...] = ()
+    waists: frozenset[str] = frozenset()
     operators: frozenset[str] = frozenset()
 
 
@@ -194,7 +196,8 @@ class Method:
             `results` is (k, n), a score for every target and row; after passes through a backward graph it is
             (k, ...), the weighted sums of what came back.
         finish: parameters -> the steps from raw map to saliency map, of FINISHES.
-        passes: (facts, parameters) -> greatest number of further passes per image.
+        passes: (facts, parameters) -> greatest number of further passes per image, and for each of its targets where
+            they depend on the class.
         refuses: (facts, parameters) -> why the method can't run on this model, or None.
         share: (facts, parameters, seed) -> a mask bank that serves every image, where masks do not depend on it.
         backward: (facts, parameters) -> what the observation computes besides, for every target.

@@ -170,7 +170,7 @@ def write_report(run: Run, *, limit: int = 500, colormap: str = "turbo") -> Path
     """Write RUN/report/index.html: a card per map, and a table of the bad rows.
 
     The page holds everything it needs. Where a run has more maps than `limit`, half of the images shown are the worst
-    (flat maps first, then the lowest score of the first target), half are spread evenly over the rest.
+    (those with a warning first, then the lowest score of the first target), half are spread evenly over the rest.
 
     Args:
         limit: the greatest number of cards, and of lines in the table.
@@ -234,7 +234,7 @@ def _choose(table: pa.Table, limit: int) -> _Choice:
     rows, first, each = np.unique(ok["row"].to_numpy(), return_index=True, return_counts=True)
     if ok.num_rows <= limit:
         return _Choice(frozenset(rows.tolist()), None)
-    reasons = pc.fill_null(pc.match_substring(ok["extras"], '"reason"'), False)
+    reasons = pc.fill_null(pc.match_substring_regex(ok["extras"], '"(reason|warning)"'), False)
     flat = np.logical_or.reduceat(reasons.to_numpy(), first)
     scores = ok["score"].to_numpy()[first]
     room = max(1, limit // int(each.max()))
@@ -290,7 +290,7 @@ def _card(row: Row, image: int, position: int) -> tuple[dict[str, Any], str]:
     """What the page says of a row, and its map as a small grey PNG."""
     levels, signed = display(row.saliency())
     extras = dict(row.extras)
-    warning = extras.pop("reason", None)
+    warning = extras.pop("reason", None) or extras.pop("warning", None)
     if warning is None and not levels.any():
         warning = "blank: the finished map has one value everywhere"
     card = {

@@ -15,6 +15,8 @@ from .grad_cam import refuses
 from .lrp import kept
 from .masks import once, scaled_after_upsampling
 
+ROUNDING = 1e-7  # a channel's relevance below this share of the greatest is fp32's rounding
+
 
 def backward(facts: Facts, parameters: Parameters) -> tuple[Request, ...]:
     layer = facts.tap.name if facts.tap else ""
@@ -24,7 +26,8 @@ def backward(facts: Facts, parameters: Parameters) -> tuple[Request, ...]:
 def expand(facts: Facts, observation: Observation, parameters: Parameters, shared: Bank | None) -> Expansion:
     """Row 0 is the baseline alone; then every target's masks, equal ones once.
 
-    A channel whose relevance is nowhere positive has an empty mask, shows the baseline, and weighs exactly nothing.
+    A channel whose relevance is nowhere positive, or positive by rounding only, has an empty mask, shows the baseline,
+    and weighs exactly nothing.
     """
     features, relevance = observation.features, observation.returned[0].values
     if features is None:
@@ -36,7 +39,8 @@ def expand(facts: Facts, observation: Observation, parameters: Parameters, share
         products = np.maximum(products, 0)
     k, c, h, w = products.shape
     products = products.reshape(k * c, h, w)
-    live = np.ptp(products, axis=(1, 2)) > 0
+    ranges = np.ptp(products, axis=(1, 2)).reshape(k, c)
+    live = (ranges > ROUNDING * ranges.max(axis=1, keepdims=True)).ravel()
     masks = scaled_after_upsampling(products, facts.size)
     found = once(masks, live)
     bank = MapBank(np.concatenate([np.zeros((1, h, w), np.float32), found.masks]))

@@ -27,7 +27,7 @@ from .grad_cam import gradients_at_tap, refuses, tap_gradient
 from .lrp import kept
 from .masks import once, scaled_after_upsampling, weights_of
 
-FINER = 4  # `to=auto` is the deepest layer of at least a quarter of the image's height and width
+FINER = 4  # `to=auto` is the deepest layer of a quarter of the image's height and width that no path goes around
 
 
 def destination(facts: Facts, parameters: Parameters) -> str:
@@ -37,7 +37,11 @@ def destination(facts: Facts, parameters: Parameters) -> str:
         return "" if asked == "image" else asked
     names = [tap.name for tap in facts.layers]
     before = facts.layers[: names.index(facts.tap.name)] if facts.tap and facts.tap.name in names else ()
-    fine = [tap.name for tap in before if all(FINER * g >= s for g, s in zip(tap.grid, facts.size, strict=True))]
+    fine = [
+        tap.name
+        for tap in before
+        if tap.name in facts.waists and all(FINER * (g + 1) >= s for g, s in zip(tap.grid, facts.size, strict=True))
+    ]
     return fine[-1] if fine else ""
 
 

@@ -48,14 +48,12 @@ def through(facts: Facts, parameters: Parameters) -> tuple[Request, ...]:
 
 
 def expand(facts: Facts, observation: Observation, parameters: Parameters, shared: Bank | None) -> Expansion:
-    """For each target the same noisy copies; for integrated gradients the points of each copy's path, and the
-    baseline."""
+    """For each target the same noisy copies; for integrated gradients the points of each copy's path from zero."""
     count, samples = len(observation.targets), int(parameters["samples"])
     if parameters["base"] == PATH:
         points, weights = quadrature(STEPS)
-        shares = np.append(0.0, np.tile(points, samples))
-        draws = np.append(-1, np.repeat(np.arange(samples), STEPS))
-        weights = np.append(1.0, np.tile(weights, samples) / samples)
+        shares, draws = np.tile(points, samples), np.repeat(np.arange(samples), STEPS)
+        weights = np.tile(weights, samples) / samples
     else:
         shares, draws, weights = np.ones(samples), np.arange(samples), np.full(samples, 1 / samples)
     bank = PathBank(np.tile(shares, count).astype(np.float32), np.tile(draws, count), float(parameters["noise"]))
@@ -71,12 +69,10 @@ def expand(facts: Facts, observation: Observation, parameters: Parameters, share
 
 
 def read(facts: Facts, shown: Observation, row: int, expansion: Expansion, parameters: Parameters) -> Array:
-    """One copy's map; for integrated gradients the parts of `(point - baseline) / share * gradient`, unmultiplied."""
+    """One copy's map; for integrated gradients the copy, which is its point divided by its share, times gradient."""
     if parameters["base"] == PATH:
-        share, gradient = float(expansion.carry[row]), shown.returned[0].values[0].astype(np.float64)
-        if share == 0:
-            return np.stack([np.zeros_like(gradient), np.zeros_like(gradient), shown.image])
-        return np.stack([shown.image * gradient / share, gradient / share, np.zeros_like(gradient)])
+        gradient = shown.returned[0].values[0].astype(np.float64)
+        return np.asarray(shown.image * gradient / float(expansion.carry[row]))
     method, values = _base(parameters)
     combined = method.combine(facts, shown, Expansion(), np.zeros((1, 0)), values)
     if not isinstance(combined, Combined):
@@ -88,10 +84,8 @@ def read(facts: Facts, shown: Observation, row: int, expansion: Expansion, param
 def combine(
     facts: Facts, observation: Observation, expansion: Expansion, sums: Array, parameters: Parameters
 ) -> Combined:
-    if parameters["base"] == PATH:
-        maps = one_map(sums[:, 0] - sums[:, 2] * sums[:, 1], {"channels": "sum"})
-    else:
-        maps = sums.astype(np.float32)
+    path = parameters["base"] == PATH
+    maps = one_map(sums, {"channels": "sum"}) if path else sums.astype(np.float32)
     return Combined(maps, tuple({} for _ in maps))
 
 

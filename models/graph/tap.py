@@ -135,6 +135,21 @@ class Reading:
         found = (self.tap(name) for node in self.graph.node for name in node.output if name in needed)
         return [tap for tap in found if tap is not None]
 
+    def waists(self) -> frozenset[str]:
+        """The values that every path from the image to the scores passes."""
+        needed = ancestors(self.graph, self.model.output, self.producer)
+        nodes = [node for node in self.graph.node if needed.intersection(node.output) and node.op_type != "Shape"]
+        last = {name: i for i, node in enumerate(nodes) for name in node.input if name in self._from_image}
+        found, live = set(), {self.model.input.name}
+        for i, node in enumerate(nodes):
+            if self._from_image.isdisjoint(node.input):
+                continue
+            live = {name for name in live if last.get(name, -1) > i}
+            live |= {name for name in node.output if last.get(name, -1) > i or name == self.model.output}
+            if len(live) == 1:
+                found |= live
+        return frozenset(found)
+
     def candidates(self) -> list[Tap]:
         """The last feature map of every grid size, and the automatic choice: what a user would choose from."""
         last = {(tap.layout in ("ntc", "nct"), tap.grid): tap for tap in self.taps()}

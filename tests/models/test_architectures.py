@@ -64,7 +64,7 @@ class Opened:
     case: Case
     model: ModelFile
     size: tuple[int, int]
-    tap: Tap | None
+    tap: Tap
     reached: tuple[str, ...]
 
     def graph(self, dtype: type = np.float32) -> Graph:

@@ -818,6 +818,18 @@ def test_celu_which_is_float32_only(tmp_path):
         agree(in_float32(built, {"x": x, TARGETS: CHOSEN}), directions, wanted, 1e-4)
 
 
+@pytest.mark.parametrize("number", range(len(CASES["Resize"])))
+def test_resampling_is_the_runtimes(number, tmp_path):
+    """Its matrices are probed with the same evaluator that the finite differences take."""
+    case = CASES["Resize"][number]
+    graph = canonical(save(tmp_path, case.make, case.opset), np.float32)
+    x = image()
+    directions = np.random.default_rng(2).choice([-1.0, 1.0], (4, *x.shape))
+    wanted = slopes(lambda moved: run(graph.proto, [graph.scores], {"x": moved})[0], x, directions, 0.5)
+    (built,) = lowerings(graph)
+    agree(in_float32(built, {"x": x, TARGETS: CHOSEN}), directions, wanted, 1e-5)
+
+
 def test_gradients_pass_straight_through_quantised_values(tmp_path):
     def quantised(net: Net, x: str) -> str:
         held = net("QuantizeLinear", x, 0.05, np.int8(3))
@@ -928,14 +940,15 @@ def test_several_places_are_read_off_one_pass(tmp_path):
     assert "Exp" not in kinds, "nothing below the asked value is differentiated"
 
 
-def test_guided_passes_only_positive_gradients(tmp_path):
-    """Of two ReLUs around a linear map, by hand."""
-    net = Net()
+@pytest.mark.parametrize("bounds", [(), (np.float32(0), np.float32(1000))], ids=["Relu", "Clip"])
+def test_guided_passes_only_positive_gradients(bounds, tmp_path):
+    """Of two ReLUs around a linear map, by hand; a ReLU that ends above is one."""
+    net, kind = Net(), "Clip" if bounds else "Relu"
     low = net("Flatten", "x")
-    first = net("Relu", low)
+    first = net(kind, low, *bounds)
     weight = net.w(126, 20)
     high = net("MatMul", first, weight)
-    path = net.save(tmp_path / "m.onnx", net("Relu", high))
+    path = net.save(tmp_path / "m.onnx", net(kind, high, *bounds))
     last = numpy_helper.to_array(next(t for t in net.weights if t.dims[:] == [3, 20])).astype(np.float64)
     graph = canonical(path)
     built = build(graph, [Request("guided"), Request("guided", at=high), Request()], targets=2)
