@@ -179,7 +179,7 @@ class _Opener:
         data = built.proto.SerializeToString()
         outputs, notes = dict(zip(requests, built.outputs, strict=True)), built.notes
         del built
-        profile = Profile(size, "fp32", self._session.provider, self._threads)
+        profile = Profile(size, "fp32", self._session.provider, self._threads, lean=True)
         session = open_session(self._session.backend, data, profile)
         tap = keep[0] if keep else None
         last = graph.shape(graph.image)[1:] == (*loaded.facts.size, loaded.spec.input_size[0])

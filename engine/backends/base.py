@@ -22,12 +22,17 @@ PRECISIONS = ("fp32", "bf16", "fp16", "int8")
 
 @dataclass(frozen=True, slots=True)
 class Profile:
-    """How a graph is to be run: rows per call, arithmetic, provider of the runtime (None: its first), threads."""
+    """How a graph is to be run: rows per call, arithmetic, provider of the runtime (None: its first), threads.
+
+    `lean` asks for less memory where the runtime's plan of it costs more than it saves: graphs that run both ways keep
+    many values for long.
+    """
 
     batch_size: int
     precision: str = "fp32"
     provider: str | None = None
     threads: int | None = None
+    lean: bool = False
 
 
 @dataclass(frozen=True, slots=True)

@@ -52,6 +52,7 @@ def open(model: bytes, profile: Profile) -> OrtSession:
     options.log_severity_level = QUIET
     options.intra_op_num_threads = profile.threads or usable_cores()
     options.inter_op_num_threads = 1
+    options.enable_mem_pattern = not profile.lean
     try:
         if provider == "cpu":
             session = ort.InferenceSession(model, options, providers=["CPUExecutionProvider"])

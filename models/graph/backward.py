@@ -176,7 +176,7 @@ def build(
     Raises:
         Unsupported: an operator on the way has no rule.
     """
-    emit = Emitter(graph.names | {TARGETS, START, CLASSES}, graph.dtype, graph.hollow)
+    emit = Emitter(graph.names | {TARGETS, START}, graph.dtype, graph.hollow)
     classes = _classes(graph, emit, targets, ranks)
     passes: dict[tuple[str, ...], list[str]] = {}
     for request in requests:

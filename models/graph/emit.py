@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -9,6 +10,8 @@ import numpy as np
 import numpy.typing as npt
 import onnx
 from onnx import helper, numpy_helper
+
+from ... import ModelError
 
 Array = npt.NDArray[Any]
 Operand = str | float | Array | Sequence[int] | None
@@ -35,8 +38,9 @@ class Emitter:
         self.constants: list[onnx.TensorProto] = []
         self.dtype = np.dtype(dtype)
         self.hollow = hollow
+        self._graph = frozenset(taken)
         self._taken = set(taken)
-        self._known: dict[tuple[str, tuple[int, ...], bytes], str] = {}
+        self._known: dict[tuple[str, tuple[int, ...], bytes], str] = {}  # by digest: constants may be large
         self._count = 0
 
     def op(self, kind: str, *operands: Operand, **attributes: Any) -> str:
@@ -55,8 +59,13 @@ class Emitter:
         return names
 
     def named(self, name: str, value: str) -> str:
-        """The value under a name of the caller's choice, as an output needs it."""
-        self._taken.add(name)
+        """The value under a name of the caller's choice, as an output needs it.
+
+        Raises:
+            ModelError: the graph has a value of this name.
+        """
+        if name in self._graph:
+            raise ModelError(f"the model has a value named {name!r}, which is kept for what heatmill puts out")
         self.nodes.append(helper.make_node("Identity", [value], [name], name=name))
         return name
 
@@ -73,10 +82,11 @@ class Emitter:
             kind = helper.np_dtype_to_tensor_dtype(array.dtype)
             self.constants.append(onnx.TensorProto(name=name, data_type=kind, dims=array.shape))
             return name
-        key = (array.dtype.str, array.shape, array.tobytes())
+        array = np.ascontiguousarray(array).reshape(array.shape)
+        key = (array.dtype.str, array.shape, hashlib.blake2b(array.data, digest_size=16).digest())
         if key not in self._known:
             name = self._known[key] = self.name("const")
-            self.constants.append(numpy_helper.from_array(np.ascontiguousarray(array).reshape(array.shape), name))
+            self.constants.append(numpy_helper.from_array(array, name))
         return self._known[key]
 
     def name(self, stem: str) -> str:
