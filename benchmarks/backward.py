@@ -6,7 +6,7 @@
 Every row runs in a fresh process. Ours time the bare network and the backward graph in turn on the same batch; `ratio`
 is of their medians. The peers explain the same batch of photographs with the same weights on torch CPU in fp32; their
 seconds are compared by image. `memory` is how the peak grows with the batch, beside what the graph's forward values
-take. `cf-cam` and `score-cam` are `heatmill bench` on photographs. Run it on a quiet machine: `others` is how many
+take. `bench` rows are `heatmill bench` on a photograph. Run it on a quiet machine: `others` is how many
 cores other processes kept busy.
 """
 
@@ -196,8 +196,9 @@ def batch_of_apart(model: Path, data: Path, count: int) -> np.ndarray:
 
 
 def bench(model: Path, data: Path, method: str) -> Report:
-    """`heatmill bench` on four photographs."""
-    arguments = ["bench", model, *sorted((data / "images" / "ccby").glob("*.jpg"))[:4], "--method", method, "--json"]
+    """`heatmill bench` on one photograph."""
+    photograph = sorted((data / "images" / "ccby").glob("*.jpg"))[0]
+    arguments = ["bench", model, photograph, "--method", method, "--limit", 1, "--json"]
     command = [sys.executable, "-c", "from heatmill.cli import main; main()", *map(str, arguments)]
     found: Report = json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
     return {key: found[key] for key in ("method", "images_per_second", "rows_per_image", "outside_network", "peak_mb")}

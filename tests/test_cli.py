@@ -13,6 +13,7 @@ from pathlib import Path
 
 import click
 import numpy as np
+import onnx
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 from PIL import Image
@@ -23,6 +24,7 @@ from heatmill.engine.jobs import bench as benching
 from heatmill.engine.jobs import plan as plans
 from heatmill.engine.jobs import sources, store
 from heatmill.engine.methods import METHODS, parse_method
+from tests.architectures import vit
 
 ROOT = Path(__file__).resolve().parents[1]
 COMMANDS = ["bench", "demo", "doctor", "explain", "inspect", "methods", "report", "verify"]
@@ -462,6 +464,18 @@ def test_method_names_ignore_case_and_dashes(heatmill, here):
     )
     assert code == 0
     assert [row.method for row in open_run("run").rows()] == ["score-cam:variant=grad-cam"]
+
+
+def test_what_can_not_be_followed_back_is_refused_before_a_run_is_made(heatmill, here):
+    onnx.save(vit(classes=5), here / "vit.onnx")
+    (here / "vit.json").write_text((here / "model.json").read_text().replace("[3, 33, 29]", "[3, 32, 32]"))
+    line = refusal(heatmill, here, "explain", "vit.onnx", "photos", "-o", "run", "-m", "lrp")
+    assert "no backward graph" in line
+    assert "attention" in line
+    code, told, _ = heatmill("inspect", "vit.onnx")
+    assert code == 0
+    assert "saliency, input-x-gradient: 1 pass per image and back to the image\n" in told
+    assert "lrp, clrp, sglrp, deep-taylor: can't run: no backward graph" in told
 
 
 # --- configuration ------------------------------------------------------------------------------------------------

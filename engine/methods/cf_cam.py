@@ -41,7 +41,9 @@ def expand(facts: Facts, observation: Observation, parameters: Parameters, share
     products = products.reshape(k * c, h, w)
     ranges = np.ptp(products, axis=(1, 2)).reshape(k, c)
     live = (ranges > ROUNDING * ranges.max(axis=1, keepdims=True)).ravel()
-    masks = scaled_after_upsampling(products, facts.size)
+    masks = np.zeros_like(products)
+    if live.any():
+        masks[live] = scaled_after_upsampling(products[live], facts.size)
     found = once(masks, live)
     bank = MapBank(np.concatenate([np.zeros((1, h, w), np.float32), found.masks]))
     extras = {

@@ -58,6 +58,11 @@ class Emitter:
         self.nodes.append(helper.make_node(kind, inputs, names, name=name, **given))
         return names
 
+    def mask(self, condition: str) -> str:
+        """1 where a condition holds and 0 elsewhere: to multiply with, which ONNX Runtime does six times as fast as its
+        Where."""
+        return self.op("Cast", condition, to=helper.np_dtype_to_tensor_dtype(self.dtype))
+
     def named(self, name: str, value: str) -> str:
         """The value under a name of the caller's choice, as an output needs it.
 

@@ -214,8 +214,8 @@ def max_pool(here: Pass, op: Op, grads: Grads) -> Sequence[str | None]:
     if here.composite.pool == "winner":
         return routed(here, op, grads)
     emit, output = here.walk.emit, op.outputs[0]
-    positive = here.walk.once(("relevance above zero", output), lambda: emit.op("Greater", output, 0.0))
-    return routed(here, op, [emit.op("Where", positive, grads[0], 0.0)])
+    positive = here.walk.once(("relevance above zero", output), lambda: emit.mask(emit.op("Greater", output, 0.0)))
+    return routed(here, op, [emit.op("Mul", grads[0], positive)])
 
 
 # ----- sums -----

@@ -215,8 +215,8 @@ class Gamma:
         agreeing = _split(unit, more_positive, more_negative)
         if unit.passes_positive:
             return share(unit, (self, "+"), agreeing, relevance, self.eps)
-        above = emit.op("Where", emit.op("Greater", unit.output, 0.0), relevance, 0.0)
-        below = emit.op("Where", emit.op("Less", unit.output, 0.0), relevance, 0.0)
+        above = emit.op("Mul", relevance, emit.mask(emit.op("Greater", unit.output, 0.0)))
+        below = emit.op("Mul", relevance, emit.mask(emit.op("Less", unit.output, 0.0)))
         mirrored = _split(unit, more_negative, more_positive)
         return emit.op(
             "Add",

@@ -100,7 +100,8 @@ def along(walk: Walk, value: str, sizes: Dims, axis: int, matrix: Array) -> str:
 
 def where(walk: Walk, op: Op, grad: str | None, passes: Callable[[], str]) -> list[str | None]:
     """The gradient where a mask holds, the mask made once for all targets."""
-    return [walk.emit.op("Where", walk.once(("passes", op.outputs[0]), passes), grad, 0.0)]
+    mask = walk.once(("passes", op.outputs[0]), lambda: walk.emit.mask(passes()))
+    return [walk.emit.op("Mul", grad, mask)]
 
 
 def operands(walk: Walk, op: Op, parts: Callable[[int], str]) -> list[str | None]:
@@ -228,14 +229,14 @@ def sigmoid(emit: Emitter, op: Op, x: str, y: str) -> str:
 @slope("HardSigmoid")
 def hard_sigmoid(emit: Emitter, op: Op, x: str, y: str) -> str:
     inside = emit.op("And", emit.op("Greater", y, 0.0), emit.op("Less", y, 1.0))
-    return emit.op("Where", inside, float(op.get("alpha", 0.2)), 0.0)
+    return emit.op("Mul", emit.mask(inside), float(op.get("alpha", 0.2)))
 
 
 @slope("HardSwish")
 def hard_swish(emit: Emitter, op: Op, x: str, y: str) -> str:
-    middle = emit.op("Add", emit.op("Mul", x, 1 / 3), 0.5)
-    rising = emit.op("Where", emit.op("Greater", x, -3.0), middle, 0.0)
-    return emit.op("Where", emit.op("Greater", x, 3.0), 1.0, rising)
+    gate = emit.op("Max", emit.op("Min", emit.op("Add", emit.op("Mul", x, 1 / 6), 0.5), 1.0), 0.0)
+    rising = emit.mask(emit.op("Less", emit.op("Abs", x), 3.0))
+    return emit.op("Add", gate, emit.op("Mul", emit.op("Mul", x, 1 / 6), rising))
 
 
 @slope("Swish")
