@@ -18,7 +18,7 @@ from .backends import Profile, Session, open_session
 from .opening import Loaded
 from .types import Array, MethodCall, Returned, Target
 
-IMAGE_BATCH = 8
+IMAGE_BATCH = 8  # ways back to the image at once: rows, times targets, times methods that differ
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,7 +115,7 @@ def open_passes(
 
     Args:
         batch_size: rows per call.
-        image_batch: at most so many in passes back to the image, which keep every activation.
+        image_batch: at most so many ways back beyond the layer at once; each keeps the values on it.
 
     Raises:
         InputError: an operator of the model has no rule.
@@ -174,8 +174,9 @@ class _Opener:
         graph = canonical(loaded, requests, names, self._static, self._graphs)
         built = build_for(loaded, graph, requests, targets, ranks, names)
         size = self._batch_size
-        if any(end is None for end in ends.values()) and self._static is None:
-            size = min(size, self._image_batch)
+        ways = targets * sum(end is None or end != loaded.tap for end in ends.values())
+        if ways and self._static is None:
+            size = max(1, min(size, self._image_batch // ways))
         data = built.proto.SerializeToString()
         outputs, notes = dict(zip(requests, built.outputs, strict=True)), built.notes
         del built

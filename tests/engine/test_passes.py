@@ -136,6 +136,7 @@ def test_equal_requests_of_several_methods_are_one(make_model):
     passes = open_passes(loaded, session, targets, 4)
     assert (passes.observe.targets, len(passes.observe.requests), len(passes.through)) == (3, 2, 1)
     assert [taken.targets for taken in passes.through.values()] == [1]
+    assert passes.observe.batch_size == 2, "ways to the image: three targets of one method"
     observe, through = row_seconds(passes, blank_batch(loaded, 4))
     assert observe > 0
     assert through > 0
