@@ -216,7 +216,7 @@ def explain(**options: Any) -> int:
         click.echo(_as_toml(click.get_current_context()), nl=False)
         return 0
     if options["model"] is None or not options["inputs"] or options["out"] is None:
-        raise click.UsageError("give MODEL, INPUTS and -o OUT (heatmill explain --help)")
+        raise click.UsageError("give MODEL, INPUTS and -o OUT")
     from .engine.jobs.job import explain as run_job
     from .engine.jobs.plan import Job
 

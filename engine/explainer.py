@@ -534,6 +534,8 @@ class Explainer:
         output: str | None = None,
         scores: str | None = None,
     ) -> None:
+        if not isinstance(method, str):
+            raise InputError(f"method {method!r}: an Explainer has one method, as text; make one for each")
         self._loaded = load(
             model, [method], layer=layer, preprocess=preprocess, labels=labels, output=output, scores=scores
         )

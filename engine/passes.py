@@ -229,13 +229,14 @@ def check_backward(loaded: Loaded, known: dict[Request, str | None] | None = Non
         InputError: an operator of the model has no rule; names a layer from which the way back is free, if one is.
     """
     known = {} if known is None else known
-    requests = requests_of(loaded, loaded.calls, "backward") + requests_of(loaded, loaded.calls, "through")
-    for request in requests:
-        if request not in known:
-            reason = _refusal(loaded, request)
-            known[request] = None if reason is None else f"{reason}; {_way_out(loaded, request)}"
-        if known[request] is not None:
-            raise InputError(known[request])
+    file = loaded.model.path.name
+    for call in loaded.calls:
+        for request in requests_of(loaded, [call], "backward") + requests_of(loaded, [call], "through"):
+            if request not in known:
+                reason = _refusal(loaded, request)
+                known[request] = None if reason is None else f"{reason}; {_way_out(loaded, request)}"
+            if known[request] is not None:
+                raise InputError(f"{file}: method {call.method.name} can't run: {known[request]}")
 
 
 def _refusal(loaded: Loaded, request: Request) -> str | None:
@@ -249,9 +250,9 @@ def _refusal(loaded: Loaded, request: Request) -> str | None:
             fold_norm=_folds((request,)),
             hollow=True,
         )
-        build_for(loaded, graph, (request,), 1, 1, [])
-    except (InputError, ModelError) as err:
-        return str(err)
+        build(graph, (request,), 1, 1, [], bounds=loaded.bounds)
+    except ModelError as err:
+        return f"no backward graph: {err}"
     return None
 
 

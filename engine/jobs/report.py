@@ -49,16 +49,22 @@ MAP_SIDE = 56
 OPACITY = 0.7
 ALPHA_EXPONENT = 0.6  # below 1, so that the flanks of a peak still show their colour
 DIMMED = 0.45
+PEAK, PEAKED = 99, 0.5
 _LUT_STEPS = 65
 _UNSAFE = re.compile(r"[^\w.,=+() -]|--+|^[. -]+|[. -]+$")
 
 
 def display(saliency: Array) -> tuple[Array, bool]:
-    """A finished map as levels, and whether it is signed: 0..1 by min-max, or -1..1 with zero kept in the middle."""
+    """A finished map as levels, and whether it is signed: 0..1 by min-max, or -1..1 with zero kept in the middle.
+
+    Where single pixels stand out, as in gradients and relevance, the rest would not be seen: a map whose 99th
+    percentile is below half of its peak is scaled to that percentile.
+    """
     low, high = float(saliency.min()), float(saliency.max())
-    if low < 0:
-        return saliency / max(-low, high), True
-    return (saliency - low) / (high - low or 1), False
+    signed = low < 0
+    levels = saliency / max(-low, high) if signed else (saliency - low) / (high - low or 1)
+    top = float(np.percentile(np.abs(levels), PEAK))
+    return (np.clip(levels / top, -1, 1) if 0 < top < PEAKED else levels), signed
 
 
 def overlay(photograph: Array, saliency: Array, box: tuple[float, ...], colormap: str = "turbo") -> Array:

@@ -32,10 +32,7 @@ def kept(share: float) -> dict[str, Any]:
     """What a row says of the share of relevance that arrived."""
     told: dict[str, Any] = {"kept": float(f"{share:.4g}")}
     if abs(share) < LEAST_KEPT:
-        told["warning"] = (
-            f"only {abs(share):.2g} of the relevance arrived: biases and stabilisers took the rest; the map's shape "
-            "may still hold, its size does not"
-        )
+        told["warning"] = f"only {abs(share):.1g} of the relevance arrived: trust the map's shape, not its size"
     return told
 
 

@@ -430,3 +430,8 @@ def test_a_streamed_explanation_finishes_itself(make_model, photographs):
     for explanation in explainer.stream(files(photographs)[:2]):
         np.testing.assert_array_equal(explanation.saliency(), whole.saliency()[explanation.key, 0])
         np.testing.assert_array_equal(explanation.upsampled(), whole.upsampled()[explanation.key, 0])
+
+
+def test_an_explainer_has_one_method(make_model):
+    with pytest.raises(InputError, match="one method, as text"):
+        Explainer(make_model(), method=["cam", "rise"])

@@ -554,3 +554,19 @@ def test_refusals(builder):
         report.write_report(run)
     with pytest.raises(InputError, match="can't be written"):
         report.write_overlays(run)
+
+
+def test_maps_of_single_pixels_are_shown_up_to_their_99th_percentile():
+    smooth = np.linspace(0, 2, 400).reshape(20, 20)
+    levels, signed = display(smooth)
+    np.testing.assert_allclose(levels, smooth / 2)
+    assert not signed
+    peaked = np.full((20, 20), 0.1)
+    peaked[0, 0], peaked[3, :5] = 10, 0.2
+    peaked[5, 5] = 0
+    levels, _ = display(peaked)
+    assert levels[0, 0] == levels[3, 0] == 1
+    assert levels[10, 10] == pytest.approx(0.5)
+    levels, signed = display(np.where(peaked == 0.2, -0.2, peaked))
+    assert signed
+    assert levels[3, 0] == -1
