@@ -278,7 +278,9 @@ class Engine:
         """The image plus a draw of Gaussian noise that depends on the seed, the image, the method and its number."""
         name = f"{key[0]}/{self.loaded.calls[key[1]].method.name}"
         digest = int.from_bytes(hashlib.blake2b(name.encode(), digest_size=8).digest(), "little")
-        generator = np.random.Generator(np.random.Philox(key=[self._seed, digest], counter=[0, 0, 0, draw]))
+        generator = np.random.Generator(
+            np.random.Philox(key=np.array([self._seed, digest], np.uint64), counter=[0, 0, 0, draw])
+        )
         deviation = share * (float(image.max()) - float(image.min()))
         return np.asarray(image + deviation * generator.standard_normal(image.shape, dtype=np.float32))
 
@@ -298,6 +300,9 @@ class Engine:
             )
             observation = Observation(state.item.image, raw, classes, features, returned)
             state.observations[method] = observation
+            if not all(np.isfinite(found.values).all() for found in returned):
+                state.expansions[method] = Expansion()  # without a map, its rows are nonfinite
+                continue
             expansion = call.method.expand(self.loaded.facts, observation, call.parameters, self._shared[method])
             self._expand(scheduler, state, method, expansion)
         return [] if state.left else [run.key]
@@ -615,6 +620,7 @@ class Explainer:
             return Passes()
         key = tuple(target.text if target.kind in ("predicted", "top") else "class" for target in targets)
         if key not in self._passes:
+            self._passes.clear()  # of one number of targets at a time: each holds the weights
             self._passes[key] = open_passes(self._loaded, self._session, targets, self._rows, self._threads)
         return self._passes[key]
 

@@ -241,19 +241,24 @@ def check_backward(loaded: Loaded, known: dict[Request, str | None] | None = Non
 
 def _refusal(loaded: Loaded, request: Request) -> str | None:
     keep = [name for name in (request.at, request.start_at) if name]
-    try:
-        graph = canonize(
-            loaded.model,
-            loaded.facts.size,
-            loaded.scores,
-            keep,
-            fold_norm=_folds((request,)),
-            hollow=True,
-        )
-        build(graph, (request,), 1, 1, [], bounds=loaded.bounds)
-    except ModelError as err:
-        return f"no backward graph: {err}"
-    return None
+    reason = None
+    for batch in (None, loaded.model.input.batch or 1):  # where the axis can't be open, the run will have it fixed
+        try:
+            graph = canonize(
+                loaded.model,
+                loaded.facts.size,
+                loaded.scores,
+                keep,
+                batch=batch,
+                fold_norm=_folds((request,)),
+                hollow=True,
+            )
+            build(graph, (request,), 1, 1, [], bounds=loaded.bounds)
+        except ModelError as err:
+            reason = reason or f"no backward graph: {err}"
+        else:
+            return None
+    return reason
 
 
 def _way_out(loaded: Loaded, request: Request) -> str:

@@ -8,7 +8,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from ... import BackendError, HeatmillError, InputError, ModelError, __version__
+from ... import BackendError, HeatmillError, ModelError, __version__
 from ...models.find_spec import find_spec
 from ...models.graph.request import Request
 from ...models.graph.tap import Reading, Tap
@@ -142,7 +142,7 @@ def _methods(
         try:
             loaded = load_opened(model, spec, source, reading, [call], layer)
             check_backward(loaded, known)
-        except InputError as err:
+        except HeatmillError as err:
             reason = str(err).removeprefix(f"{model.path.name}: ").removeprefix(f"method {name} can't run: ")
             answers[name] = {"runs": False, "reason": reason}
             continue

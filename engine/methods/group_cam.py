@@ -1,6 +1,7 @@
 """Group-CAM: maps weighed by their gradients, summed in groups; what each group shows of the image weighs it.
 
-Zhang, Rao, Yang, 2021 (arXiv 2103.13859), by its code: 32 neighbouring groups, the image blurred behind the masks.
+Zhang, Rao, Yang, 2021 (arXiv 2103.13859): 32 neighbouring groups, the image blurred behind the masks. Versions of its
+code differ; this one cuts no map at a percentile, takes positive weights, and sums the groups' maps.
 """
 
 from __future__ import annotations

@@ -73,6 +73,12 @@ def combine_positive(
     return Combined(maps, extras)
 
 
+def refuses_sigmoid(facts: Facts, parameters: Parameters) -> str | None:
+    if facts.output == "sigmoid":
+        return "its contrast is a softmax over the classes, and the model's scores are independent (sigmoid)"
+    return refuses(facts, parameters)
+
+
 def _method(
     name: str,
     summary: str,
@@ -90,7 +96,7 @@ def _method(
         combine=combining,
         finish=lambda parameters: ("relu", "minmax"),
         passes=lambda facts, parameters: 0,
-        refuses=refuses,
+        refuses=refuses_sigmoid if name == "sglrp" else refuses,
         backward=ask,
         needs_tap=lambda parameters: parameters["at"] == "layer",
         pixels=always,

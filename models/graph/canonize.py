@@ -28,6 +28,9 @@ Dims = tuple[int | None, ...]
 LEAST_OPSET = 13
 RAISED_OPSET = 18
 FLOATS = (TensorProto.FLOAT, TensorProto.FLOAT16, TensorProto.DOUBLE, TensorProto.BFLOAT16)
+POLES = frozenset(
+    {"Sqrt", "Pow", "Log", "Reciprocal", "ReduceL2", "LpNormalization", "ReduceLogSumExp", "Asin", "Acos"}
+)
 MAX_HOLLOW = 1 << 14  # bytes of a weight that is kept where the others are left out
 MAX_FOLDED = 1 << 28  # numbers in a constant that is worked out here
 NO_SLOPE = frozenset({"Shape", "Size", "ArgMax", "ArgMin", "Sign", "Floor", "Ceil", "Round", "NonZero", "OneHot"}) | {
@@ -121,6 +124,11 @@ class Graph:
             if op.kind not in NO_SLOPE and not found.isdisjoint(op.inputs):
                 found.update(name for name in op.outputs if name)
         return found
+
+    @property
+    def has_poles(self) -> bool:
+        """Whether a slope may be infinite or not a number somewhere: then a mask must select, 0 times it is not 0."""
+        return any(op.kind in POLES or (op.kind == "Div" and self.constant(op.inputs[1]) is None) for op in self.ops)
 
     @property
     def names(self) -> set[str]:

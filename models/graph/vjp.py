@@ -100,8 +100,10 @@ def along(walk: Walk, value: str, sizes: Dims, axis: int, matrix: Array) -> str:
 
 def where(walk: Walk, op: Op, grad: str | None, passes: Callable[[], str]) -> list[str | None]:
     """The gradient where a mask holds, the mask made once for all targets."""
-    mask = walk.once(("passes", op.outputs[0]), lambda: walk.emit.mask(passes()))
-    return [walk.emit.op("Mul", grad, mask)]
+    condition = walk.once(("passes", op.outputs[0]), passes)
+    if walk.graph.has_poles:
+        return [walk.emit.op("Where", condition, grad, 0.0)]
+    return [walk.emit.op("Mul", grad, walk.once(("mask", op.outputs[0]), lambda: walk.emit.mask(condition)))]
 
 
 def operands(walk: Walk, op: Op, parts: Callable[[int], str]) -> list[str | None]:

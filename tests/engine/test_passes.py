@@ -157,3 +157,70 @@ def test_a_run_is_planned_by_what_its_backward_passes_take(make_model):
     assert seconds("rise:masks=20", one) == seconds("rise:masks=20", three) == pytest.approx(0.5 + 20 / 10)
     assert seconds("group-cam:groups=4", three) == pytest.approx(0.5 + 3 * 5 / 10), "masks that depend on the class"
     assert seconds("integrated-gradients:steps=9", three) == pytest.approx(0.5 + 3 * 10 * 2.0)
+
+
+def test_infinite_slopes_do_not_pass_units_that_are_off(make_model):
+    """A square root of what ReLU sets to zero: its slope is infinite there, and the unit sends nothing back."""
+    path = make_model(head="Tanh")
+
+    def root(proto: onnx.ModelProto) -> None:
+        at = next(i for i, node in enumerate(proto.graph.node) if "features" in node.output)
+        proto.graph.node[at].output[0] = "positive"
+        proto.graph.node.insert(at + 1, helper.make_node("Sqrt", ["positive"], ["features"], name="root"))
+
+    rewritten(path, root)
+    result = Explainer(path, method="saliency").explain(images(), targets=[0, 1])
+    assert (result.statuses == "ok").all()
+    assert np.isfinite(result.maps).all()
+    assert np.abs(result.maps).max() > 0
+
+
+def test_what_comes_back_infinite_is_no_zero_map(make_model):
+    """Where a unit is on and its slope is infinite, the row says so."""
+    path = make_model(head="Tanh")
+
+    def overflow(proto: onnx.ModelProto) -> None:
+        proto.graph.node[-1].output[0] = "small"
+        proto.graph.initializer.append(numpy_helper.from_array(np.float32(1e38), "huge"))
+        proto.graph.initializer.append(numpy_helper.from_array(np.float32(1e-38), "tiny"))
+        proto.graph.node.extend(
+            [
+                helper.make_node("Mul", ["small", "tiny"], ["low"], name="low"),
+                helper.make_node("Mul", ["low", "huge"], ["same"], name="same"),
+                helper.make_node("Mul", ["same", "huge"], ["far"], name="far"),
+                helper.make_node("Tanh", ["far"], ["logits"], name="bound"),
+            ]
+        )
+
+    rewritten(path, overflow)
+    for method in ("grad-cam", "group-cam", "cf-cam"):
+        result = Explainer(path, method=method).explain(images(), targets=[0, 1])
+        finite = np.isfinite(result.maps).all(axis=(2, 3))
+        assert ((result.statuses == "ok") == finite).all()
+
+
+@pytest.mark.parametrize("batch", [1, "N"])
+def test_files_made_for_one_row_are_followed_back_too(tmp_path, batch):
+    """A class token that is not repeated for every row."""
+    proto = made.vit()
+    side = proto.graph.input[0].type.tensor_type.shape.dim[2].dim_value
+    expand = next(node for node in proto.graph.node if node.op_type == "Expand")
+    token, value = expand.input[0], expand.output[0]
+    for node in proto.graph.node:
+        for i, name in enumerate(node.input):
+            node.input[i] = token if name == value else name
+    proto.graph.node.remove(expand)
+    if batch == 1:
+        for put in (*proto.graph.input, *proto.graph.output):
+            put.type.tensor_type.shape.dim[0].dim_value = 1
+    onnx.save(proto, tmp_path / "vit.onnx")
+    (tmp_path / "vit.json").write_text(json.dumps({**SPEC, "input_size": [3, side, side]}))
+    check_backward(load(tmp_path / "vit.onnx", ["saliency"]))
+    rows = np.random.default_rng(0).normal(size=(2, 3, side, side)).astype(np.float32)
+    result = Explainer(tmp_path / "vit.onnx", method="saliency").explain(rows)
+    assert np.isfinite(result.maps).all()
+
+
+def test_softmax_contrasts_are_refused_where_scores_are_independent(make_model):
+    with pytest.raises(InputError, match=r"method sglrp can't run: .*independent"):
+        load(make_model(end="Sigmoid"), ["sglrp"])
