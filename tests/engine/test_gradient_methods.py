@@ -487,7 +487,8 @@ def test_the_path_of_whole_pixels_is_rounded_to_whole_pixels(make_model, layout)
 def noisy(x: np.ndarray, key: int, draw: int, noise: float, seed: int) -> np.ndarray:
     """The documented draw: a counter for each copy, keyed by the seed and by image and method."""
     digest = hashlib.blake2b(f"{key}/smoothgrad".encode(), digest_size=8).digest()
-    generator = np.random.Philox(key=np.array([seed, int.from_bytes(digest, "little")], np.uint64), counter=[0, 0, 0, draw])
+    words = np.array([seed, int.from_bytes(digest, "little")], np.uint64)
+    generator = np.random.Philox(key=words, counter=[0, 0, 0, draw])
     drawn = np.random.Generator(generator).standard_normal(x.shape, dtype=np.float32)
     return x + np.float32(noise * (x.max() - x.min())) * drawn
 
