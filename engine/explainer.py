@@ -217,7 +217,7 @@ class Engine:
         if chosen is None:
             raise RuntimeError(f"no graph for lane {batch.lane!r}")
         size = rows if self._flexible and chosen.session.flexible else batch.size
-        targets = np.zeros((size, sum(target.count for target in self.targets) if batch.lane == OBSERVE else 1), int)
+        targets = np.zeros((size, chosen.targets), int)
         starts: Array | None = None
         for run in batch.runs:
             if run.observe:
@@ -298,7 +298,8 @@ class Engine:
                 Returned(passed.returned[request].values[slot].copy(), passed.returned[request].kept[slot].copy())
                 for request in self._asked[method]
             )
-            observation = Observation(state.item.image, raw, classes, features, returned)
+            image = self._channels_first(state.item.image)
+            observation = Observation(image, raw, classes, features, returned)
             state.observations[method] = observation
             if not all(np.isfinite(found.values).all() for found in returned):
                 state.expansions[method] = Expansion()  # without a map, its rows are nonfinite
@@ -312,17 +313,14 @@ class Engine:
         while True:
             state.expansions[method] = expansion
             rows = _rows(expansion)
+            if rows and expansion.through is not None:
+                state.results.pop(method, None)  # the shape of the sums comes with the first row
+            else:
+                state.results[method] = np.zeros((len(state.targets), rows), dtype=np.float32)
             if rows:
-                count = len(state.targets)
-                state.results[method] = np.zeros((count, rows), dtype=np.float32)
-                lane: Hashable = NETWORK
-                if expansion.through is not None:
-                    lane = expansion.through
-                    state.results.pop(method)
-                scheduler.add_rows((state.item.key, method), rows, lane)
+                scheduler.add_rows((state.item.key, method), rows, expansion.through or NETWORK)
                 state.left += 1
                 return
-            state.results[method] = np.zeros((len(state.targets), 0), dtype=np.float32)
             following = self._combine(state, method)
             if following is None:
                 return

@@ -134,7 +134,7 @@ def read_facts(model: ModelFile, spec: ModelSpec, reading: Reading, tap: Tap | N
         tap=tap,
         head=linear_head(reading, tap, raw) if tap else "the model has no feature map",
         layers=tuple(reading.taps()),
-        waists=reading.waists(),
+        waists=reading.waists,
         operators=frozenset(node.op_type for node in reading.graph.node),
     )
 

@@ -113,7 +113,7 @@ class Observation:
     """One unperturbed image after its pass.
 
     Attributes:
-        image: the network's input for it, in the network's layout.
+        image: the network's input for it, (c, h, w) float32.
         raw: raw scores (classes,).
         targets: the asked classes (k,).
         features: the tapped maps (c, h, w), where a tap is read.
@@ -203,7 +203,7 @@ class Method:
         backward: (facts, parameters) -> what the observation computes besides, for every target.
         through: (facts, parameters) -> the backward passes that rows may go through.
         read: (facts, what a row's pass showed, the row, expansion, parameters) -> what is summed up; the returned
-            values themselves where it is None. The row's observation has its image as (c, h, w) and one target.
+            values themselves where it is None. The row's observation has one target.
         needs_tap: parameters -> whether a layer is read.
         pixels: parameters -> whether maps are on another grid than the tap's, as a rule the input's.
     """

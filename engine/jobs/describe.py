@@ -148,17 +148,15 @@ def _methods(
             continue
         back = method.backward(loaded.facts, call.parameters)
         through = method.through(loaded.facts, call.parameters)
+        passes = method.passes(loaded.facts, call.parameters)
+        ends = {"layer" if request.at else "image" for request in back + through}
         answers[name] = {
             "runs": True,
-            "passes": 1 + method.passes(loaded.facts, call.parameters),
-            "backward": len(back) + (method.passes(loaded.facts, call.parameters) if through else 0),
-            "back_to": None if not (back or through) else "image" if _to_image(back + through) else "layer",
+            "passes": 1 + passes,
+            "backward": len(back) + (passes if through else 0),
+            "back_to": next((end for end in ("image", "layer") if end in ends), None),
         }
     return answers
-
-
-def _to_image(requests: tuple[Request, ...]) -> bool:
-    return any(not request.at for request in requests)
 
 
 def describe_text(found: dict[str, Any]) -> str:

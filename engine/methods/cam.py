@@ -8,11 +8,8 @@ from __future__ import annotations
 import numpy as np
 
 from ...kernels import host
-from ..types import Array, Bank, Combined, Expansion, Facts, Method, Observation, Parameters
-
-
-def expand(facts: Facts, observation: Observation, parameters: Parameters, shared: Bank | None) -> Expansion:
-    return Expansion(extras={"passes": 0})
+from ..types import Array, Combined, Expansion, Facts, Method, Observation, Parameters
+from .one_pass import expand
 
 
 def combine(

@@ -10,10 +10,10 @@ import numpy as np
 
 from ...kernels import host
 from ...models.graph.request import Request
-from ..types import Array, Bank, Combined, Expansion, Facts, MapBank, Method, Observation, Parameter, Parameters
-from .grad_cam import refuses
+from ..types import Array, Bank, Combined, Expansion, Facts, Method, Observation, Parameter, Parameters
 from .lrp import kept
-from .masks import once, scaled_after_upsampling
+from .masks import once, over_baseline, rises, scaled_after_upsampling
+from .one_pass import refuses
 
 ROUNDING = 1e-7  # a channel's relevance below this share of the greatest is fp32's rounding
 
@@ -45,16 +45,16 @@ def expand(facts: Facts, observation: Observation, parameters: Parameters, share
     if live.any():
         masks[live] = scaled_after_upsampling(products[live], facts.size)
     found = once(masks, live)
-    bank = MapBank(np.concatenate([np.zeros((1, h, w), np.float32), found.masks]))
+    bank = over_baseline(found)
     extras = {
-        "passes": len(bank) if live.any() else 0,
+        "passes": len(bank) if bank else 0,
         "channels": c,
         "skipped": int(k * c - live.sum()),
         "duplicate": int(live.sum()) - len(found.masks),
     }
     baseline = f"blur:{parameters['ksize']}:{parameters['sigma']}"
     carry = (found.uses.reshape(k, c), masks.reshape(k, c, h, w))
-    return Expansion(bank if live.any() else None, baseline, str(parameters["score"]), carry=carry, extras=extras)
+    return Expansion(bank, baseline, str(parameters["score"]), carry=carry, extras=extras)
 
 
 def combine(
@@ -62,17 +62,12 @@ def combine(
 ) -> Combined:
     """`sum_c (f(x m_c + b (1 - m_c)) - f(b)) m_c`; the difference keeps its sign."""
     uses, masks = expansion.carry
-    shares = observation.returned[0].kept
-    maps = np.zeros((len(uses), *masks.shape[2:]), dtype=np.float32)
-    extras = []
-    for k, use in enumerate(uses):
-        told = kept(float(shares[k]))
-        if (use >= 0).any():
-            risen = np.where(use >= 0, scores[k, use + 1].astype(np.float64) - scores[k, 0], 0.0)
-            maps[k] = host.accumulate_maps(masks[k], risen[None])[0]
-        else:
+    risen = rises(scores, uses)
+    maps = np.stack([host.accumulate_maps(mask, weights[None])[0] for mask, weights in zip(masks, risen, strict=True)])
+    extras = [kept(float(share)) for share in observation.returned[0].kept]
+    for told, use in zip(extras, uses, strict=True):
+        if (use < 0).all():
             told["reason"] = "no channel has positive relevance for the target"
-        extras.append(told)
     return Combined(maps, tuple(extras))
 
 

@@ -23,9 +23,10 @@ from ..types import (
     always,
     nearest,
 )
-from .grad_cam import gradients_at_tap, refuses, tap_gradient
+from .grad_cam import gradients_at_tap, tap_gradient
 from .lrp import kept
 from .masks import once, scaled_after_upsampling, weights_of
+from .one_pass import refuses
 
 FINER = 4  # `to=auto` is the deepest layer of a quarter of the image's height and width that no path goes around
 

@@ -13,7 +13,6 @@ import numpy as np
 from ...models.graph.request import Request
 from ..types import (
     Array,
-    Bank,
     Combined,
     Expansion,
     Facts,
@@ -22,6 +21,7 @@ from ..types import (
     Parameter,
     Parameters,
 )
+from .one_pass import expand, refuses
 
 Weighting = Callable[[Array, Array, Parameters], Array]
 
@@ -89,17 +89,6 @@ def second_order(gradients: Array, features: Array, parameters: Parameters) -> A
 
 def _weighed(weights: Array, features: Array) -> Array:
     return np.asarray(np.einsum("kc,chw->khw", weights, features))
-
-
-def expand(facts: Facts, observation: Observation, parameters: Parameters, shared: Bank | None) -> Expansion:
-    return Expansion(extras={"passes": 0})
-
-
-def refuses(facts: Facts, parameters: Parameters) -> str | None:
-    """Gradients of probabilities vanish where the network is sure, so that a softmax end must be taken away."""
-    if facts.has_logits:
-        return None
-    return f"it follows the raw score back, and the model gives {facts.output} only"
 
 
 @dataclass(frozen=True, slots=True)

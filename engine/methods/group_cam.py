@@ -9,9 +9,10 @@ from __future__ import annotations
 import numpy as np
 
 from ...kernels import host
-from ..types import Array, Bank, Combined, Expansion, Facts, MapBank, Method, Observation, Parameter, Parameters
-from .grad_cam import gradients_at_tap, refuses, tap_gradient
-from .masks import once, scaled_after_upsampling
+from ..types import Array, Bank, Combined, Expansion, Facts, Method, Observation, Parameter, Parameters
+from .grad_cam import gradients_at_tap, tap_gradient
+from .masks import once, over_baseline, rises, scaled_after_upsampling
+from .one_pass import refuses
 
 
 def expand(facts: Facts, observation: Observation, parameters: Parameters, shared: Bank | None) -> Expansion:
@@ -27,7 +28,7 @@ def expand(facts: Facts, observation: Observation, parameters: Parameters, share
     flat = sums.reshape(k * groups, h, w)
     live = np.ptp(flat, axis=(1, 2)) > 0
     found = once(scaled_after_upsampling(flat, facts.size), live)
-    bank = MapBank(np.concatenate([np.zeros((1, h, w), np.float32), found.masks])) if live.any() else None
+    bank = over_baseline(found)
     extras = {"passes": len(bank) if bank else 0, "groups": groups, "constant": int((~live).sum())}
     return Expansion(bank, "blur:51:50", carry=(found.uses.reshape(k, groups), sums), extras=extras)
 
@@ -37,11 +38,8 @@ def combine(
 ) -> Combined:
     """`sum_g relu(p(x m_g + b (1 - m_g)) - p(b)) V_g`."""
     uses, sums = expansion.carry
-    maps = np.zeros((len(uses), *sums.shape[2:]), dtype=np.float32)
-    for k, use in enumerate(uses):
-        if (use >= 0).any():
-            risen = np.where(use >= 0, scores[k, use + 1].astype(np.float64) - scores[k, 0], 0.0)
-            maps[k] = host.accumulate_maps(sums[k], np.maximum(risen, 0)[None])[0]
+    weights = np.maximum(rises(scores, uses), 0)
+    maps = np.stack([host.accumulate_maps(each, weight[None])[0] for each, weight in zip(sums, weights, strict=True)])
     return Combined(maps, tuple({} for _ in maps))
 
 

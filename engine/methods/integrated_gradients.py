@@ -22,7 +22,7 @@ from ..types import (
     always,
     never,
 )
-from .grad_cam import refuses
+from .one_pass import refuses
 from .saliency import channels, one_map
 
 GRADIENT = Request()
@@ -65,9 +65,8 @@ def combine(
     """`(x - x') * mean gradient`, and how far its sum is from the scores' difference, as a share of that."""
     size = (sums.shape[1] - 1) // 2
     shape = (len(sums), size // (facts.size[0] * facts.size[1]), *facts.size)
-    image = observation.image if observation.image.shape == shape[1:] else observation.image.transpose(2, 0, 1)
     baseline = sums[:, size : 2 * size].reshape(shape)
-    values = (image.astype(np.float64)[None] - baseline) * sums[:, :size].reshape(shape)
+    values = (observation.image.astype(np.float64)[None] - baseline) * sums[:, :size].reshape(shape)
     risen = observation.raw[observation.targets] - sums[:, -1]
     off = np.abs(values.sum(axis=(1, 2, 3)) - risen) / np.maximum(np.abs(risen), 1e-6)
     extras = tuple({"completeness_error": float(f"{error:.3g}")} for error in off)

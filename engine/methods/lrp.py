@@ -12,8 +12,8 @@ from typing import Any
 import numpy as np
 
 from ...models.graph.request import Request
-from ..types import Array, Bank, Combined, Expansion, Facts, Method, Observation, Parameter, Parameters, always
-from .grad_cam import refuses
+from ..types import Array, Combined, Expansion, Facts, Method, Observation, Parameter, Parameters, always
+from .one_pass import expand, refuses
 
 LEAST_KEPT = 0.01
 COMPOSITES = (
@@ -46,10 +46,6 @@ def relevance_request(composite: str, start: str) -> Callable[[Facts, Parameters
         return (Request("relevance", at=layer, start=begins, composite=rules),)
 
     return ask
-
-
-def expand(facts: Facts, observation: Observation, parameters: Parameters, shared: Bank | None) -> Expansion:
-    return Expansion(extras={"passes": 0})
 
 
 def combine(
@@ -86,6 +82,7 @@ def _method(
     ask: Callable[[Facts, Parameters], tuple[Request, ...]],
     parameters: dict[str, Parameter],
     combining: Callable[[Facts, Observation, Expansion, Array, Parameters], Combined] = combine,
+    refusing: Callable[[Facts, Parameters], str | None] = refuses,
 ) -> Method:
     return Method(
         name=name,
@@ -96,7 +93,7 @@ def _method(
         combine=combining,
         finish=lambda parameters: ("relu", "minmax"),
         passes=lambda facts, parameters: 0,
-        refuses=refuses_sigmoid if name == "sglrp" else refuses,
+        refuses=refusing,
         backward=ask,
         needs_tap=lambda parameters: parameters["at"] == "layer",
         pixels=always,
@@ -130,6 +127,7 @@ RELEVANCES = (
         "Iwana, Kuroki, Uchida, Explaining CNNs using Softmax Gradient LRP, ICCV Workshops 2019",
         relevance_request("deep-taylor", "sglrp"),
         {},
+        refusing=refuses_sigmoid,
     ),
     _method(
         "deep-taylor",

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,6 +9,7 @@ import numpy as np
 import numpy.typing as npt
 
 from ...kernels import host
+from ..types import MapBank
 
 Array = npt.NDArray[Any]
 
@@ -36,7 +36,7 @@ class Once:
 
 
 def once(masks: Array, live: Array) -> Once:
-    """Equal masks once, in the order of their first appearance in memory order; those that are not `live` never.
+    """Equal masks once, in the order of their bytes; those that are not `live` never.
 
     Args:
         masks: (c, h, w).
@@ -61,10 +61,30 @@ def summary(once_masks: Once, constant: int, channels: int) -> dict[str, Any]:
     }
 
 
-def weights_of(scores: Array, uses: Array | Sequence[Array]) -> Array:
+def weights_of(scores: Array, uses: Array) -> Array:
     """Each mask's score (k, c) from those of the different masks (k, n); 0 where it had no pass."""
-    indices = np.asarray(uses)
-    weights = np.zeros((len(scores), indices.shape[-1]))
-    live = indices >= 0
-    weights[:, live] = scores[:, indices[live]]
+    weights = np.zeros((len(scores), len(uses)))
+    live = uses >= 0
+    weights[:, live] = scores[:, uses[live]]
     return weights
+
+
+def over_baseline(found: Once) -> MapBank | None:
+    """The bank of some masks behind an empty one, which shows the baseline alone; None where there are no masks."""
+    if not len(found.masks):
+        return None
+    return MapBank(np.concatenate([np.zeros_like(found.masks[:1]), found.masks]))
+
+
+def rises(scores: Array, uses: Array) -> Array:
+    """How far each mask of `over_baseline` lifts its own target's score over the baseline's, (k, c); 0 without a pass.
+
+    Args:
+        scores: (k, 1 + n).
+        uses: (k, c), of `Once.uses`.
+    """
+    risen = np.zeros(uses.shape)
+    for k, use in enumerate(uses):
+        live = use >= 0
+        risen[k, live] = scores[k, use[live] + 1].astype(np.float64) - scores[k, :1]
+    return risen

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from ...models.graph.request import Request
-from ..types import Array, Bank, Combined, Expansion, Facts, Method, Observation, Parameter, Parameters, always, never
-from .grad_cam import refuses
+from ..types import Array, Combined, Expansion, Facts, Method, Observation, Parameter, Parameters, always, never
+from .one_pass import expand, refuses
 
 CHANNELS: dict[str, Callable[[Array], Array]] = {
     "max": lambda values: np.abs(values).max(axis=1),
@@ -27,10 +27,6 @@ def channels(default: str) -> dict[str, Parameter]:
 def one_map(values: Array, parameters: Parameters) -> Array:
     """(k, c, h, w) as (k, h, w) by the asked rule."""
     return CHANNELS[str(parameters["channels"])](values).astype(np.float32)
-
-
-def expand(facts: Facts, observation: Observation, parameters: Parameters, shared: Bank | None) -> Expansion:
-    return Expansion(extras={"passes": 0})
 
 
 def combine(

@@ -24,7 +24,7 @@ from ..types import (
     PathBank,
     always,
 )
-from .grad_cam import GRADIENT_CAMS, refuses
+from .grad_cam import GRADIENT_CAMS
 from .integrated_gradients import INTEGRATED_GRADIENTS, quadrature
 from .lrp import RELEVANCES
 from .saliency import SALIENCIES, one_map
@@ -35,16 +35,14 @@ STEPS = 25  # points of each noisy copy's path
 
 
 def _base(parameters: Parameters) -> tuple[Method, Parameters]:
-    method = BASES[str(parameters["base"])]
+    method = BASES.get(str(parameters["base"]), INTEGRATED_GRADIENTS)
     return method, {key: parameter.default for key, parameter in method.parameters.items()}
 
 
 def through(facts: Facts, parameters: Parameters) -> tuple[Request, ...]:
     """The base's own pass; a head that spares it for one image does so for none of many."""
-    if parameters["base"] == PATH:
-        return (Request(),)
     method, values = _base(parameters)
-    return method.backward(replace(facts, head="every copy has its own"), values)
+    return method.through(facts, values) or method.backward(replace(facts, head="every copy has its own"), values)
 
 
 def expand(facts: Facts, observation: Observation, parameters: Parameters, shared: Bank | None) -> Expansion:
@@ -85,27 +83,21 @@ def combine(
     facts: Facts, observation: Observation, expansion: Expansion, sums: Array, parameters: Parameters
 ) -> Combined:
     path = parameters["base"] == PATH
-    maps = one_map(sums, {"channels": "sum"}) if path else sums.astype(np.float32)
+    maps = one_map(sums, _base(parameters)[1]) if path else sums.astype(np.float32)
     return Combined(maps, tuple({} for _ in maps))
 
 
 def refuses_here(facts: Facts, parameters: Parameters) -> str | None:
-    if parameters["base"] == PATH:
-        return refuses(facts, parameters)
     method, values = _base(parameters)
     return method.refuses(facts, values)
 
 
 def finish(parameters: Parameters) -> tuple[str, ...]:
-    if parameters["base"] == PATH:
-        return INTEGRATED_GRADIENTS.finish(parameters)
     method, values = _base(parameters)
     return method.finish(values)
 
 
 def needs_tap(parameters: Parameters) -> bool:
-    if parameters["base"] == PATH:
-        return False
     method, values = _base(parameters)
     return method.needs_tap(values)
 

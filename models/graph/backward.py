@@ -19,7 +19,7 @@ from ... import ModelError
 from .canonize import Graph, Op, product
 from .emit import PREFIX, Emitter
 from .request import Request
-from .tap import reads
+from .tap import ancestors
 
 Array = npt.NDArray[Any]
 Grads = Sequence[str | None]
@@ -239,7 +239,7 @@ def one_hot(walk: Walk, chosen: str) -> str:
 
     def make() -> str:
         numbers = emit.const(np.arange(count, dtype=np.int64)[None])
-        hot = emit.op("Cast", emit.op("Equal", chosen, numbers), to=helper.np_dtype_to_tensor_dtype(emit.dtype))
+        hot = emit.mask(emit.op("Equal", chosen, numbers))
         return hot if len(shape) == 2 else emit.op("Reshape", hot, [-1, *(int(size or 1) for size in shape[1:])])
 
     return walk.once(("one hot", chosen), make)
@@ -270,13 +270,7 @@ def _assembled(
     kind = helper.np_dtype_to_tensor_dtype(emit.dtype)
     nodes = [*graph.proto.graph.node, *emit.nodes]
     producer = {name: node for node in nodes for name in node.output if name}
-    needed: set[str] = set()
-    waiting = list(names)
-    while waiting:
-        name = waiting.pop()
-        if name not in needed:
-            needed.add(name)
-            waiting += reads(producer[name]) if name in producer else []
+    needed = ancestors(names, producer)
     fixed: int | None = graph.shape(graph.input)[0]
     rows: int | str = "N" if fixed is None else fixed
     inputs = [value for value in graph.proto.graph.input if value.name in needed or value.name == graph.input]

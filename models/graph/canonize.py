@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -125,7 +126,7 @@ class Graph:
                 found.update(name for name in op.outputs if name)
         return found
 
-    @property
+    @cached_property
     def has_poles(self) -> bool:
         """Whether a slope may be infinite or not a number somewhere: then a mask must select, 0 times it is not 0."""
         return any(op.kind in POLES or (op.kind == "Div" and self.constant(op.inputs[1]) is None) for op in self.ops)

@@ -51,6 +51,16 @@ class Windows:
         zipped = zip(self.count, self.strides, self.reach, self.before, self.size, strict=True)
         return tuple((count - 1) * stride + reach + 1 - before - size for count, stride, reach, before, size in zipped)
 
+    @property
+    def attributes(self) -> dict[str, Sequence[int]]:
+        """Of an operator that has exactly these windows."""
+        return {
+            "kernel_shape": self.kernel,
+            "strides": self.strides,
+            "dilations": self.dilations,
+            "pads": [*self.before, *(max(0, over) for over in self.over)],
+        }
+
 
 def windows(walk: Walk, op: Op) -> Windows:
     """Those of a Conv, a pooling or, with input and output exchanged, a ConvTranspose.
@@ -93,16 +103,7 @@ def _fixed(sizes: Sequence[int | None]) -> Sizes:
 
 def convolved(walk: Walk, value: str, weight: str | Array, found: Windows, group: int = 1) -> str:
     """A convolution without bias that has exactly these windows; it is what the input of a ConvTranspose receives."""
-    return walk.emit.op(
-        "Conv",
-        value,
-        weight,
-        group=group,
-        kernel_shape=found.kernel,
-        strides=found.strides,
-        dilations=found.dilations,
-        pads=[*found.before, *(max(0, over) for over in found.over)],
-    )
+    return walk.emit.op("Conv", value, weight, group=group, **found.attributes)
 
 
 def conv_adjoint(walk: Walk, grad: str, weight: str | Array, found: Windows, group: int = 1) -> str:
@@ -131,16 +132,7 @@ def conv_adjoint(walk: Walk, grad: str, weight: str | Array, found: Windows, gro
 
 def _transposed(walk: Walk, grad: str, weight: str | Array, found: Windows, group: int) -> str:
     """By ConvTranspose; what lies behind the last window is padded, as runtimes disagree on `output_padding`."""
-    whole = walk.emit.op(
-        "ConvTranspose",
-        grad,
-        weight,
-        group=group,
-        kernel_shape=found.kernel,
-        strides=found.strides,
-        dilations=found.dilations,
-        pads=[*found.before, *(max(0, over) for over in found.over)],
-    )
+    whole = walk.emit.op("ConvTranspose", grad, weight, group=group, **found.attributes)
     if min(found.over) >= 0:
         return whole
     return walk.emit.op("Pad", whole, [0] * (found.rank + 4) + [max(0, -over) for over in found.over])

@@ -44,7 +44,7 @@ def raw_scores(model: ModelFile) -> str:
 def linear_head(reading: Reading, tap: Tap, scores: str) -> LinearHead | str:
     """The linear head between a tap and the raw scores, or the reason why there is none."""
     graph = reading.graph
-    needed = ancestors(graph, scores, reading.producer)
+    needed = ancestors([scores], reading.producer)
     value, pooled, head = tap.name, False, None
     while value != scores:
         users = [node for node in graph.node if value in node.input and needed.intersection(node.output)]
@@ -116,7 +116,7 @@ def _constant(reading: Reading, name: str) -> Array | None:
         tensor.CopyFrom(tensors[name])
         read_external(tensor, reading.model)
         return numpy_helper.to_array(tensor)
-    if reading.model.input.name in ancestors(reading.graph, name, reading.producer):
+    if reading.model.input.name in ancestors([name], reading.producer):
         return None
     constants = with_outputs(proto, [name])
     del constants.graph.input[:]

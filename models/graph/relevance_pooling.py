@@ -5,7 +5,6 @@ from __future__ import annotations
 from itertools import product as every
 
 import numpy as np
-from onnx import helper
 
 from .backward import Unsupported, Walk
 from .canonize import Op
@@ -38,8 +37,7 @@ def tied(walk: Walk, op: Op, relevance: str) -> str:
             values.append(emit.op("Slice", image, first, last, axes, list(found.strides)))
         stacked = emit.op("Concat", *(emit.op("Unsqueeze", value, [2]) for value in values), axis=2)
         greatest = emit.op("Unsqueeze", emit.op("Max", *values), [2])
-        kind = helper.np_dtype_to_tensor_dtype(emit.dtype)
-        equal = emit.op("Cast", emit.op("Equal", stacked, greatest), to=kind)
+        equal = emit.mask(emit.op("Equal", stacked, greatest))
         return emit.op("Div", equal, emit.op("ReduceSum", equal, [2], keepdims=1))
 
     share = walk.once(("relevance ties", op.outputs[0]), shares)

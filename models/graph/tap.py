@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import difflib
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -131,14 +132,22 @@ class Reading:
 
     def taps(self) -> list[Tap]:
         """Every feature map that the scores depend on, in the graph's order."""
-        needed = ancestors(self.graph, self.model.output, self.producer)
-        found = (self.tap(name) for node in self.graph.node for name in node.output if name in needed)
-        return [tap for tap in found if tap is not None]
+        return list(self._taps)
 
+    @cached_property
+    def _taps(self) -> tuple[Tap, ...]:
+        found = (self.tap(name) for node in self.graph.node for name in node.output if name in self._needed)
+        return tuple(tap for tap in found if tap is not None)
+
+    @cached_property
+    def _needed(self) -> set[str]:
+        """Every value that the scores depend on."""
+        return ancestors([self.model.output], self.producer)
+
+    @cached_property
     def waists(self) -> frozenset[str]:
         """The values that every path from the image to the scores passes."""
-        needed = ancestors(self.graph, self.model.output, self.producer)
-        nodes = [node for node in self.graph.node if needed.intersection(node.output) and node.op_type != "Shape"]
+        nodes = [node for node in self.graph.node if self._needed.intersection(node.output) and node.op_type != "Shape"]
         last = {name: i for i, node in enumerate(nodes) for name in node.input if name in self._from_image}
         found, live = set(), {self.model.input.name}
         for i, node in enumerate(nodes):
@@ -169,8 +178,8 @@ class Reading:
         taps = {tap.name: tap for tap in self.taps()}
         if not taps:
             return None
-        read = [name for name in taps if self._grid_is_read(taps[name])]
-        name = next(reversed(taps)) if not read else self._before_projection(read[-1], taps)
+        read = next((name for name in reversed(taps) if self._grid_is_read(taps[name])), None)
+        name = next(reversed(taps)) if read is None else self._before_projection(read, taps)
         if taps[name].channels == self.model.classes and not self._weighted_after(name):
             while self.producer[name].op_type not in WEIGHTED and self.producer[name].input[0] in taps:
                 name = self.producer[name].input[0]
@@ -213,7 +222,7 @@ class Reading:
             shape = self.shapes.get(name)
             seen = f"has shape {list(shape)}" if shape else "has no known shape"
             raise ModelError(f"{file}: layer {layer!r} {seen} and is not a feature map; heatmill inspect lists those")
-        if name not in ancestors(self.graph, self.model.output, self.producer):
+        if name not in self._needed:
             raise ModelError(f"{file}: layer {layer!r} does not lead to the scores {self.model.output!r}")
         return tap
 
@@ -221,12 +230,11 @@ class Reading:
         """Whether anything but the tokens before the grid goes on from a map to the scores."""
         if not tap.prefix:
             return True
-        needed = ancestors(self.graph, self.model.output, self.producer)
         waiting, seen = [tap.name], {tap.name}
         while waiting:
             name = waiting.pop()
             for node in self.graph.node:
-                if name not in node.input or not needed.intersection(node.output) or node.op_type == "Shape":
+                if name not in node.input or not self._needed.intersection(node.output) or node.op_type == "Shape":
                     continue
                 after = [self.axes.get(output) for output in node.output]
                 if all(axes is not None and "t" in axes.letters for axes in after):
@@ -267,10 +275,9 @@ class Reading:
         return False
 
     def _weighted_after(self, name: str) -> bool:
-        needed = ancestors(self.graph, self.model.output, self.producer)
         reached = {name}
         for node in self.graph.node:
-            if reached.intersection(node.input) and needed.intersection(node.output):
+            if reached.intersection(node.input) and self._needed.intersection(node.output):
                 if node.op_type in WEIGHTED:
                     return True
                 reached.update(node.output)
@@ -292,10 +299,10 @@ CHANNELS_FIRST = POOLING | {
 PASSING = frozenset({"Identity", "Dropout", "QuantizeLinear", "DequantizeLinear"})
 
 
-def ancestors(graph: onnx.GraphProto, output: str, producer: Mapping[str, onnx.NodeProto]) -> set[str]:
-    """The names of all values that `output` is computed from, itself included."""
+def ancestors(outputs: Iterable[str], producer: Mapping[str, onnx.NodeProto]) -> set[str]:
+    """The names of all values that `outputs` are computed from, themselves included."""
     found: set[str] = set()
-    waiting = [output]
+    waiting = list(outputs)
     while waiting:
         name = waiting.pop()
         if name in found:
@@ -532,7 +539,7 @@ def with_outputs(proto: onnx.ModelProto, names: Sequence[str]) -> onnx.ModelProt
     outputs = [known.get(name) or onnx.ValueInfoProto(name=name) for name in names]
     outputs = [onnx.ValueInfoProto.FromString(value.SerializeToString()) for value in outputs]
     producer = {name: node for node in graph.node for name in node.output if name}
-    needed: set[str] = set().union(*(ancestors(graph, name, producer) for name in names))
+    needed = ancestors(names, producer)
     kept = [node for node in graph.node if needed.intersection(node.output)]
     weights = [tensor for tensor in graph.initializer if tensor.name in needed]
     if len(kept) < len(graph.node):

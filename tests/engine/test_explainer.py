@@ -17,6 +17,7 @@ from heatmill.engine.trial import batch_is_free
 from heatmill.engine.types import Item, Target, class_index, parse_targets
 
 from heatmill.models.preprocess import decode, normalise, view  # isort: skip
+from tests.graphs import with_a_batch_that_stays, without_scores_in_the_dark
 
 
 def files(folder):
@@ -146,12 +147,7 @@ def test_a_fixed_batch_is_opened_only_where_rows_stay_apart(make_model):
 
 def test_a_fixed_batch_that_can_not_be_opened_is_packed_to_its_size(make_model, photographs):
     path = make_model("hard.onnx", batch=3, head="Reshape")
-    model = onnx.load(path)
-    model.graph.node.insert(0, helper.make_node("Identity", ["batch_shape"], ["flat_shape"]))
-    for tensor in model.graph.initializer:
-        if tensor.name == "flat_shape":
-            tensor.name = "batch_shape"
-    onnx.save(model, path)
+    with_a_batch_that_stays(path)
     plain = Explainer(make_model("plain.onnx")).explain(files(photographs)[:4])
     hard = Explainer(path)
     assert hard._rows == 3
@@ -350,16 +346,7 @@ def test_rows_without_scores_keep_what_was_asked(make_model, photographs):
 def test_masked_passes_that_are_not_finite_end_their_request_and_no_other(make_model, photographs):
     """A network that overflows where the image is dark: whole images are fine, masked ones are not."""
     path = make_model()
-    model = onnx.load(path)
-    model.graph.node[-1].output[0] = "raw"
-    model.graph.node.append(helper.make_node("ReduceMean", ["input"], ["light"], axes=[1, 2, 3], keepdims=0))
-    model.graph.initializer.append(numpy_helper.from_array(np.float32(0.5), "least"))
-    model.graph.initializer.append(numpy_helper.from_array(np.array([1]), "axis"))
-    model.graph.node.append(helper.make_node("Sub", ["light", "least"], ["above"]))
-    model.graph.node.append(helper.make_node("Sqrt", ["above"], ["root"]))
-    model.graph.node.append(helper.make_node("Unsqueeze", ["root", "axis"], ["column"]))
-    model.graph.node.append(helper.make_node("Add", ["raw", "column"], ["logits"]))
-    onnx.save(model, path)
+    without_scores_in_the_dark(path)
     images = [np.full((3, 33, 29), 1.0, np.float32), np.full((3, 33, 29), 50.0, np.float32)]
     images[0][:, :5] = 0.3
     images[1][:, :9] = 20.0

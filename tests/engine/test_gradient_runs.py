@@ -8,7 +8,6 @@ import numpy as np
 import onnx
 import onnxruntime
 import pytest
-from onnx import helper, numpy_helper
 from onnx.reference import ReferenceEvaluator
 
 from heatmill import Explainer, InputError, open_run
@@ -22,6 +21,7 @@ from heatmill.engine.opening import load, open_best
 from heatmill.engine.passes import IMAGE_BATCH, open_passes
 from heatmill.engine.trial import Trial
 from heatmill.engine.types import Item, Target
+from tests.graphs import with_a_batch_that_stays, without_scores_in_the_dark
 
 SIZE = (17, 13)
 
@@ -163,16 +163,7 @@ def test_an_image_that_is_not_finite_loses_its_own_rows_only(make_model):
 def test_passes_back_that_are_not_finite_end_their_request_and_no_other(make_model):
     """A network that has no score in the dark: a path from black is lost, one from the image's own mean is not."""
     path = make_model(size=SIZE, head="Dense", seed=2)
-    model = onnx.load(path)
-    model.graph.node[-1].output[0] = "raw"
-    model.graph.node.append(helper.make_node("ReduceMean", ["input"], ["light"], axes=[1, 2, 3], keepdims=0))
-    model.graph.initializer.append(numpy_helper.from_array(np.float32(0.5), "least"))
-    model.graph.initializer.append(numpy_helper.from_array(np.array([1]), "axis"))
-    model.graph.node.append(helper.make_node("Sub", ["light", "least"], ["above"]))
-    model.graph.node.append(helper.make_node("Sqrt", ["above"], ["root"]))
-    model.graph.node.append(helper.make_node("Unsqueeze", ["root", "axis"], ["column"]))
-    model.graph.node.append(helper.make_node("Add", ["raw", "column"], ["logits"]))
-    onnx.save(model, path)
+    without_scores_in_the_dark(path)
     methods = [f"integrated-gradients:steps=40,baseline={baseline}" for baseline in ("black", "mean")]
     found, engine = streamed(path, methods, pictures(3) + 1, [Target("predicted"), Target("class", 2)], 4)
     lost, kept = (found[method] for method in methods)
@@ -213,12 +204,7 @@ def test_files_of_a_fixed_batch_give_the_same_maps(make_model, options):
 
 def test_a_fixed_batch_that_can_not_be_opened_is_followed_back_at_its_size(make_model):
     images, path = pictures(4), make_model("hard.onnx", size=SIZE, batch=3, head="Reshape")
-    model = onnx.load(path)
-    model.graph.node.insert(0, helper.make_node("Identity", ["batch_shape"], ["flat_shape"]))
-    for tensor in model.graph.initializer:
-        if tensor.name == "flat_shape":
-            tensor.name = "batch_shape"
-    onnx.save(model, path)
+    with_a_batch_that_stays(path)
     plain = make_model("plain.onnx", size=SIZE)
     for method in ("group-cam:groups=3", "integrated-gradients:steps=4", "fg-cam:to=image"):
         hard = Explainer(path, method=method)

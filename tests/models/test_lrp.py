@@ -28,19 +28,19 @@ from heatmill.models.graph.relevance_rules import AlphaBeta, Epsilon, Flat, Gamm
 from heatmill.models.graph.relevance_starts import STARTS
 from heatmill.models.graph.request import Request
 from heatmill.models.load import open_model
+from tests.graphs import Writer
 
 SIZE = (8, 8)
 LOW, HIGH = np.array([-2.5, -2.0, -3.0]), np.array([2.5, 3.0, 2.0])
 CHOSEN = np.array([[1], [6]])
 
 
-class Net:
-    """A graph written line by line: net("Conv", "x", weight, strides=[2, 2]) -> its output's name."""
+class Net(Writer):
+    """A graph on the image `x`."""
 
     def __init__(self, seed: int = 0, layout: str = "nchw") -> None:
-        self.rng = np.random.default_rng(seed)
+        super().__init__(seed)
         self.layout = layout
-        self.nodes, self.weights = [], []
 
     def shape(self, size, rows: int | str = 1) -> list[int | str]:
         """Of the image."""
@@ -48,19 +48,6 @@ class Net:
 
     def w(self, *shape: int, scale: float = 0.4) -> np.ndarray:
         return (self.rng.normal(size=shape) * scale).astype(np.float32)
-
-    def __call__(self, op: str, *inputs: Any, outputs: int = 1, **attributes: Any) -> Any:
-        names = []
-        for given in inputs:
-            if not isinstance(given, str | None):
-                array = np.asarray(given)
-                array = array.astype(np.float32) if array.dtype == np.float64 else array
-                self.weights.append(numpy_helper.from_array(array, f"k{len(self.weights)}"))
-                given = self.weights[-1].name
-            names.append(given or "")
-        results = [f"v{len(self.nodes)}.{i}" for i in range(outputs)]
-        self.nodes.append(helper.make_node(op, names, results, name=f"n{len(self.nodes)}", **attributes))
-        return results[0] if outputs == 1 else results
 
     def proto(self, output: str, shape: Sequence[Any] | None, size=SIZE, opset: int = 17) -> onnx.ModelProto:
         graph = helper.make_graph(

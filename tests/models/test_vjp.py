@@ -25,34 +25,18 @@ from heatmill.models.graph.head import raw_scores
 from heatmill.models.graph.request import Request
 from heatmill.models.graph.vjp import GUIDED, VJP
 from heatmill.models.load import open_model
+from tests.graphs import Writer
 
 SIZE = (7, 6)
 NEWEST = min(26, onnx.defs.onnx_opset_version())
 CHOSEN = np.array([[0, 2], [2, 1]])  # of each row, two classes
 
 
-class Net:
-    """A graph written line by line: net("Conv", "x", weight, strides=[2, 2]) -> its output's name."""
-
-    def __init__(self, seed: int = 0) -> None:
-        self.rng = np.random.default_rng(seed)
-        self.nodes, self.weights = [], []
+class Net(Writer):
+    """A graph on the image `x`."""
 
     def w(self, *shape: int) -> np.ndarray:
         return self.rng.normal(size=shape).astype(np.float32)
-
-    def __call__(self, op: str, *inputs, outputs: int = 1, **attributes):
-        names = []
-        for given in inputs:
-            if not isinstance(given, str | None):
-                array = np.asarray(given)
-                array = array.astype(np.float32) if array.dtype == np.float64 else array
-                self.weights.append(numpy_helper.from_array(array, f"k{len(self.weights)}"))
-                given = self.weights[-1].name
-            names.append(given or "")
-        results = [f"v{len(self.nodes)}.{i}" for i in range(outputs)]
-        self.nodes.append(helper.make_node(op, names, results, name=f"n{len(self.nodes)}", **attributes))
-        return results[0] if outputs == 1 else results
 
     def proto(self, output: str, shape: Sequence[int | str | None] | None, size=SIZE, opset: int = 17, rows="N"):
         graph = helper.make_graph(
