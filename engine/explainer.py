@@ -141,12 +141,11 @@ class Engine:
         self._states: dict[Hashable, _State] = {}
 
     def _told(self, call: MethodCall) -> dict[str, str]:
-        """What a row says of the rules that its backward graphs took."""
+        """What a row says of the rules that its backward passes took."""
         facts, values = self.loaded.facts, call.parameters
-        used = [self.passes.through.get(request) for request in call.method.through(facts, values)]
-        if call.method.backward(facts, values):
-            used.append(self.passes.observe)
-        notes = dict.fromkeys(note for taken in used if taken is not None for note in taken.notes)
+        used = [(self.passes.observe, request) for request in call.method.backward(facts, values)]
+        used += [(self.passes.through.get(request), request) for request in call.method.through(facts, values)]
+        notes = dict.fromkeys(note for taken, request in used if taken for note in taken.requests[request].notes)
         return {"note": "; ".join(notes)} if notes else {}
 
     def stream(self, items: Iterable[Item]) -> Iterator[Explanation]:

@@ -34,7 +34,6 @@ class Pass:
         ends: where each request's values lie; None is the image.
         batch_size: rows per call.
         start: the layer at which a map is fed, and its number of tokens.
-        notes: what a user should be told of the rules that were taken.
     """
 
     session: Session
@@ -46,7 +45,6 @@ class Pass:
     ends: Mapping[Request, Tap | None]
     batch_size: int
     start: tuple[Tap, int] | None = None
-    notes: tuple[str, ...] = ()
 
     @property
     def targets(self) -> int:
@@ -178,7 +176,7 @@ class _Opener:
         if ways and self._static is None:
             size = max(1, min(size, self._image_batch // ways))
         data = built.proto.SerializeToString()
-        outputs, notes = dict(zip(requests, built.outputs, strict=True)), built.notes
+        outputs = dict(zip(requests, built.outputs, strict=True))
         del built
         profile = Profile(size, "fp32", self._session.provider, self._threads, lean=True)
         session = open_session(self._session.backend, data, profile)
@@ -186,7 +184,7 @@ class _Opener:
         last = graph.shape(graph.image)[1:] == (*loaded.facts.size, loaded.spec.input_size[0])
         start = next((_tap(loaded, request.start_at) for request in requests if request.start_at), None)
         begins = None if start is None else (start, _tokens(start, graph.shape(start.name)))
-        return Pass(session, loaded.model.input.name, last, loaded.scores, tap, outputs, ends, size, begins, notes)
+        return Pass(session, loaded.model.input.name, last, loaded.scores, tap, outputs, ends, size, begins)
 
 
 def canonical(

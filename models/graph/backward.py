@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -16,18 +17,19 @@ import onnx
 from onnx import TensorProto, helper
 
 from ... import ModelError
-from .canonize import Graph, Op, product
+from .canonize import Bounds, Graph, Op, product
 from .emit import PREFIX, Emitter
+from .relevance_facts import Facts
 from .request import Request
 from .tap import ancestors
 
 Array = npt.NDArray[Any]
 Grads = Sequence[str | None]
 Rule = Callable[["Walk", Op, Grads], Sequence[str | None]]
-Bounds = tuple[npt.ArrayLike, npt.ArrayLike]
 
 TARGETS = f"{PREFIX}targets"
 START = f"{PREFIX}start"
+WEIGHTS = f"{PREFIX}weights"
 CLASSES = f"{PREFIX}classes"
 TINY = 1e-30
 
@@ -38,24 +40,27 @@ class Unsupported(ModelError):
 
 @dataclass(frozen=True, slots=True)
 class Outputs:
-    """The names under which a request's results come out, one per target: the values, and the conserved shares."""
+    """The names under which a request's results come out, one per target: the values, and the conserved shares.
+
+    `notes` is what a user should be told of the rules that were taken.
+    """
 
     values: tuple[str, ...]
     kept: tuple[str, ...]
+    notes: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
 class Built:
     """A graph with its requests' outputs.
 
-    Its inputs are the image, `TARGETS` (rows, targets) int64 - a class, or -r for the class of rank r - and `START`
-    where a map is fed. Beside the requests' outputs it gives the raw scores, the kept values, and `CLASSES`
-    (rows, targets), the classes that the targets came to.
+    Its inputs are the image, `TARGETS` (rows, targets) int64 - a class, or -r for the class of rank r - and, where
+    they are fed, `START`, a map, and `WEIGHTS` (rows, classes). Beside the requests' outputs it gives the raw scores,
+    the kept values, and `CLASSES` (rows, targets), the classes that the targets came to.
     """
 
     proto: onnx.ModelProto
     outputs: tuple[Outputs, ...]
-    notes: tuple[str, ...]
 
 
 class Walk:
@@ -67,7 +72,6 @@ class Walk:
         portable: keep to operators that TensorRT takes too, where a rule has a faster form that only ONNX Runtime runs.
         bounds: the least and the greatest number of the image, one for all channels or one for each, where known.
         needed: the values that depend on what is asked for; a rule may leave out the others.
-        notes: what a user should be told of the rules that were taken.
     """
 
     def __init__(
@@ -84,7 +88,7 @@ class Walk:
         self.bounds = bounds
         self.ends = tuple(ends)
         self.needed = graph.dependents(ends)
-        self.notes: dict[str, None] = {}
+        self._notes: list[tuple[str, Op]] = []
         self._memo: dict[Hashable, str] = {}
 
     def shape(self, name: str) -> tuple[int | None, ...]:
@@ -94,6 +98,20 @@ class Walk:
     def constant(self, name: str) -> Array | None:
         """A constant's value; None where it is computed, or left out."""
         return self.graph.constant(name)
+
+    @cached_property
+    def facts(self) -> Facts:
+        """What is known of the classifier's values."""
+        return Facts(self.graph)
+
+    def note(self, op: Op, text: str) -> None:
+        """What a user should be told of the rule that an operator took."""
+        self._notes.append((text, op))
+
+    def told(self, end: str) -> tuple[str, ...]:
+        """The notes of the operators on the way to an end."""
+        on_the_way = self.graph.dependents([end])
+        return tuple(dict.fromkeys(text for text, op in self._notes if not on_the_way.isdisjoint(op.inputs)))
 
     def wants(self, op: Op, position: int) -> bool:
         """Whether an input's share is asked for."""
@@ -176,7 +194,7 @@ def build(
     Raises:
         Unsupported: an operator on the way has no rule.
     """
-    emit = Emitter(graph.names | {TARGETS, START}, graph.dtype, graph.hollow)
+    emit = Emitter(graph.names | {TARGETS, START, WEIGHTS}, graph.dtype, graph.hollow)
     classes = _classes(graph, emit, targets, ranks)
     passes: dict[tuple[str, ...], list[str]] = {}
     for request in requests:
@@ -188,19 +206,17 @@ def build(
     for number, request in enumerate(requests):
         end = request.at or graph.image
         values, kept = [], []
-        for k, (results, seed) in enumerate(done[_same_pass(request)]):
-            result = results[end]
-            if seed is not None:
-                share = _share(walks[_same_pass(request)], result, end, *seed)
+        for k, arrived in enumerate(done[_same_pass(request)]):
+            result, share = arrived[end]
+            if share is not None:
                 kept.append(emit.named(f"{PREFIX}{number}/{k}/kept", share))
             if request.times_input:
                 result = emit.op("Mul", end, result)
             values.append(emit.named(f"{PREFIX}{number}/{k}", result))
-        outputs.append(Outputs(tuple(values), tuple(kept)))
+        outputs.append(Outputs(tuple(values), tuple(kept), walks[_same_pass(request)].told(end)))
     emit.named(CLASSES, classes)
     names = [graph.scores, *keep, *(name for output in outputs for name in (*output.values, *output.kept)), CLASSES]
-    notes = dict.fromkeys(note for walk in walks.values() for note in walk.notes)
-    return Built(_assembled(graph, emit, requests, outputs, targets, names), tuple(outputs), tuple(notes))
+    return Built(_assembled(graph, emit, requests, outputs, targets, names), tuple(outputs))
 
 
 def _same_pass(request: Request) -> tuple[str, ...]:
@@ -208,41 +224,38 @@ def _same_pass(request: Request) -> tuple[str, ...]:
     return (request.kind, request.composite, request.start, request.start_at)
 
 
-def _send(walk: Walk, key: tuple[str, ...], chosen: str) -> tuple[dict[str, str], tuple[str, str, bool] | None]:
-    """One target's walk: what arrives at each end, and for relevance the seed, where it stood, whether it is signed."""
+def _send(walk: Walk, key: tuple[str, ...], chosen: str) -> Mapping[str, tuple[str, str | None]]:
+    """One target's walk: what arrives at each end, and for relevance the share of it that did."""
     from .lrp import relevance
     from .vjp import gradient
 
     kind, composite, start, start_at = key
-    if kind != "relevance":
-        return gradient(walk, chosen, guided=kind == "guided"), None
-    return relevance(walk, chosen, composite, start, start_at)
-
-
-def _share(walk: Walk, result: str, end: str, seed: str, at: str, signed: bool) -> str:
-    """What part of the relevance arrived, (rows,): of its sum, or where the seed is a contrast, of its magnitude."""
-    emit = walk.emit
-
-    def mass(value: str, like: str) -> str:
-        value = emit.op("Abs", value) if signed else value
-        return emit.op("ReduceSum", value, list(range(1, len(walk.shape(like)))), keepdims=0)
-
-    whole = mass(seed, at)
-    nothing = emit.op("Less", emit.op("Abs", whole), TINY)
-    return emit.op("Where", nothing, 0.0, emit.op("Div", mass(result, end), emit.op("Where", nothing, 1.0, whole)))
+    if kind == "relevance":
+        return relevance(walk, chosen, composite, start, start_at)
+    seed = weights(walk) if start == "weights" else one_hot(walk, chosen)
+    return {end: (found, None) for end, found in gradient(walk, seed, guided=kind == "guided").items()}
 
 
 def one_hot(walk: Walk, chosen: str) -> str:
     """1 at the class of each row, in the raw scores' own shape; `chosen` is (rows, 1)."""
-    emit, shape = walk.emit, walk.shape(walk.graph.scores)
-    count = product(shape[1:])
+    emit, count = walk.emit, product(walk.shape(walk.graph.scores)[1:])
 
     def make() -> str:
         numbers = emit.const(np.arange(count, dtype=np.int64)[None])
-        hot = emit.mask(emit.op("Equal", chosen, numbers))
-        return hot if len(shape) == 2 else emit.op("Reshape", hot, [-1, *(int(size or 1) for size in shape[1:])])
+        return _as_scores(walk, emit.mask(emit.op("Equal", chosen, numbers)))
 
     return walk.once(("one hot", chosen), make)
+
+
+def weights(walk: Walk) -> str:
+    """The fed weights of the raw scores, in their own shape."""
+    return walk.once("weights", lambda: _as_scores(walk, WEIGHTS))
+
+
+def _as_scores(walk: Walk, value: str) -> str:
+    """(rows, classes) in the shape of the raw scores."""
+    shape = walk.shape(walk.graph.scores)
+    return value if len(shape) == 2 else walk.emit.op("Reshape", value, [-1, *(int(size or 1) for size in shape[1:])])
 
 
 def _classes(graph: Graph, emit: Emitter, targets: int, ranks: int) -> str:
@@ -278,6 +291,9 @@ def _assembled(
     if any(request.start == "map" for request in requests):
         at = next(request.start_at for request in requests if request.start == "map")
         inputs.append(helper.make_tensor_value_info(START, kind, [rows, *graph.shape(at)[1:]]))
+    if any(request.start == "weights" for request in requests):
+        classes = product(graph.shape(graph.scores)[1:])
+        inputs.append(helper.make_tensor_value_info(WEIGHTS, kind, [rows, classes]))
     shapes: dict[str, list[int | str | None]] = {CLASSES: [rows, targets]}
     for request, output in zip(requests, outputs, strict=True):
         whole = graph.shape(request.at or graph.image)

@@ -25,6 +25,7 @@ from .tap import Shapes, captured, has_data, make_batch_dynamic, reads, set_inpu
 
 Array = npt.NDArray[Any]
 Dims = tuple[int | None, ...]
+Bounds = tuple[npt.ArrayLike, npt.ArrayLike]
 
 LEAST_OPSET = 13
 RAISED_OPSET = 18

@@ -15,9 +15,10 @@ from .backward import Grads, Rule, Unsupported, Walk
 from .canonize import Op
 from .composites import COMPOSITES, Composite
 from .relevance_facts import LINEAR, Facts
+from .relevance_mass import contrast, share
 from .relevance_pooling import tied
 from .relevance_rules import LinearRule, stabilized
-from .relevance_starts import UNSIGNED, started
+from .relevance_starts import started
 from .relevance_units import LinearUnit, linear_unit
 from .vjp import VJP, unbroadcast
 
@@ -28,8 +29,9 @@ RELEVANCE: dict[str, RelevanceRule] = {}
 # Activations that give 0 for 0, those that need not, and operators that only move numbers or choose among them.
 THROUGH_ZERO = frozenset({"Relu", "LeakyRelu", "PRelu", "Elu", "Selu", "Celu", "ThresholdedRelu", "HardSwish"}) | {
     *("Swish", "Gelu", "Mish", "Tanh", "Erf", "Softsign", "Abs", "Neg", "Sqrt", "LRN", "LpNormalization"),
-    *("Identity", "Dropout", "Cast", "QuantizeLinear", "DequantizeLinear"),
+    *("Identity", "Dropout", "Cast"),
 }
+QUANTISERS = frozenset({"QuantizeLinear", "DequantizeLinear"})
 NOT_THROUGH_ZERO = frozenset({"Sigmoid", "HardSigmoid", "Softplus", "Clip", "Exp", "Log", "Pow", "Reciprocal"}) | {
     *("LayerNormalization", "InstanceNormalization", "GroupNormalization", "RMSNormalization"),
 }
@@ -50,10 +52,11 @@ def rule(*kinds: str) -> Callable[[RelevanceRule], RelevanceRule]:
     return enter
 
 
-def relevance(
-    walk: Walk, chosen: str, composite: str, start: str, start_at: str
-) -> tuple[dict[str, str], tuple[str, str, bool]]:
+def relevance(walk: Walk, chosen: str, composite: str, start: str, start_at: str) -> dict[str, tuple[str, str | None]]:
     """What of the relevance that starts at the chosen class arrives at every end of the walk.
+
+    A contrast of two signals sends each in a pass of its own: what is lost on the way is lost to both, and each is
+    divided by what arrived of it.
 
     Args:
         walk: the reverse walk.
@@ -63,18 +66,27 @@ def relevance(
         start_at: the value at which a fed map stands.
 
     Returns:
-        The relevance at each end; and the seed, the value it stood at, and whether it is signed (a contrast).
+        For each end the relevance, and the share of it that arrived; of two signals the lesser share.
 
     Raises:
         Unsupported: operators without a rule lie between.
     """
     if composite not in COMPOSITES:
         raise ValueError(f"no composite {composite!r}; there are {', '.join(COMPOSITES)}")
-    facts = Facts(walk.graph)
-    seed, at = started(walk, facts, chosen, start, start_at)
-    here = Pass(walk, facts, COMPOSITES[composite], at, vanishes=start == "logit")
+    begun = started(walk, walk.facts, chosen, start, start_at)
+    here = Pass(walk, walk.facts, COMPOSITES[composite], begun.at, vanishes=start == "logit")
     rules: dict[str, Rule] = {kind: partial(_ruled, here, made) for kind, made in RELEVANCE.items()}
-    return walk.run({at: seed}, rules), (seed, at, start not in UNSIGNED)
+    arrived = walk.run({begun.at: begun.seed}, rules)
+    shares = {end: share(walk, found, end, begun.seed, begun.at, begun.signed) for end, found in arrived.items()}
+    if begun.dual is None:
+        return {end: (found, shares[end]) for end, found in arrived.items()}
+    against = walk.run({begun.at: begun.dual}, rules)
+    contrasts: dict[str, tuple[str, str | None]] = {}
+    for end, found in arrived.items():
+        lost = share(walk, against[end], end, begun.dual, begun.at, begun.signed)
+        both = contrast(walk, found, against[end], end, begun.sized)
+        contrasts[end] = (both, walk.emit.op("Min", shares[end], lost))
+    return contrasts
 
 
 def _ruled(here: Pass, made: RelevanceRule, walk: Walk, op: Op, grads: Grads) -> Sequence[str | None]:
@@ -161,7 +173,7 @@ class Pass:
             return True
         if op.kind == "BatchNormalization":
             return self.composite.norm == "epsilon"
-        through = op.kind in THROUGH_ZERO | MOVING or op.kind in ("MaxPool", "Mul")
+        through = op.kind in THROUGH_ZERO | QUANTISERS | MOVING or op.kind in ("MaxPool", "Mul")
         if through or self._cuts_at_zero(op) or (op.kind == "Div" and name == op.inputs[0]):
             return all(output in self.silent for output in op.outputs if output)
         return False
@@ -181,7 +193,7 @@ def batch_normalization(here: Pass, op: Op, grads: Grads) -> Sequence[str | None
     """Where it could not be folded into a layer before it."""
     if here.composite.norm == "pass":
         if here.composite.fold_norm:
-            here.walk.notes["relevance passes over batch normalisation that follows no layer"] = None
+            here.walk.note(op, "relevance passes over batch normalisation that follows no layer")
         return _only(op, 0, grads[0])
     return _in_proportion(here, op, grads)
 
@@ -193,6 +205,12 @@ def batch_normalization(here: Pass, op: Op, grads: Grads) -> Sequence[str | None
 def passed(here: Pass, op: Op, grads: Grads) -> Sequence[str | None]:
     """All to the one operand, or the first of two."""
     return _passed_to(here, op, here.facts.sources(op)[0], grads)
+
+
+@rule(*QUANTISERS)
+def quantised(here: Pass, op: Op, grads: Grads) -> Sequence[str | None]:
+    here.walk.note(op, "relevance passes over the rounding of quantised values")
+    return _passed_to(here, op, 0, grads)
 
 
 @rule(*MOVING)

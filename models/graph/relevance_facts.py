@@ -1,4 +1,4 @@
-"""What is known of a classifier's values before relevance is sent: their signs and origins, and which are gates."""
+"""What is known of a classifier's values before anything is sent back: their signs and origins, and which are gates."""
 
 from __future__ import annotations
 
@@ -10,8 +10,7 @@ import onnx
 from onnx import helper
 from onnx.reference import ReferenceEvaluator
 
-from .backward import Bounds
-from .canonize import Graph, Op
+from .canonize import Bounds, Graph, Op
 
 LINEAR = frozenset({"Conv", "ConvTranspose", "Gemm", "MatMul"})
 
@@ -74,6 +73,22 @@ class Facts:
         """Which factor of a product only scales the other: the one spread over it, or else the squashed one."""
         ranks = [self._gating(op, i) for i in (0, 1)]
         return None if ranks[0] == ranks[1] else ranks.index(max(ranks))
+
+    def scales(self, name: str) -> bool:
+        """Whether all that a value does is to scale another: as a gate, or as f(x) in x f(x)."""
+        while len(users := self.graph.users.get(name, [])) == 1:
+            (user,) = users
+            sources = self.sources(user)
+            if user.kind == "Mul" and len(sources) == 2:
+                position = list(user.inputs).index(name)
+                root = self.common(list(user.inputs))
+                if root is None:
+                    return self.gate(user) == position
+                return self.distance(name, root) > self.distance(user.inputs[1 - position], root)
+            if user.kind not in ELEMENTWISE | SHAPING or len(sources) != 1:
+                return False
+            name = user.outputs[0]
+        return False
 
     def is_statistic(self, name: str, of: str) -> bool:
         """Whether a value is a mean, sum, maximum or the like taken over `of`."""

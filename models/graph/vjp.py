@@ -17,7 +17,7 @@ import numpy.typing as npt
 from onnx import helper
 from onnx.reference import ReferenceEvaluator
 
-from .backward import TINY, Grads, Rule, Unsupported, Walk, one_hot
+from .backward import TINY, Grads, Rule, Unsupported, Walk
 from .canonize import FLOATS, Dims, Op, product
 from .convolution import conv_adjoint, convolved, reshaped, spread, windows
 from .emit import Emitter
@@ -54,9 +54,9 @@ def slope(kind: str) -> Callable[[Slope], Slope]:
     return enter
 
 
-def gradient(walk: Walk, chosen: str, guided: bool = False) -> dict[str, str]:
-    """d raw score of the chosen class / d every end of the walk; by guided backpropagation if asked."""
-    return walk.run({walk.graph.scores: one_hot(walk, chosen)}, {**VJP, **GUIDED} if guided else VJP)
+def gradient(walk: Walk, seed: str, guided: bool = False) -> dict[str, str]:
+    """d (the raw scores weighed by `seed`) / d every end of the walk; by guided backpropagation if asked."""
+    return walk.run({walk.graph.scores: seed}, {**VJP, **GUIDED} if guided else VJP)
 
 
 # ----- what many rules share -----
@@ -176,10 +176,12 @@ def clip(walk: Walk, op: Op, grads: Grads) -> Sequence[str | None]:
 
 
 def guided_clip(walk: Walk, op: Op, grads: Grads) -> Sequence[str | None]:
-    """A ReLU that ends above, as ReLU6, is one; other bounds are not."""
+    """A ReLU that ends above, as ReLU6, is one; other bounds are not, nor is what only scales another value, as in
+    hard swish written out.
+    """
     (passed, *rest) = clip(walk, op, grads)
     low = walk.constant(op.inputs[1]) if len(op.inputs) > 1 else None
-    if passed is None or low is None or float(low) != 0:
+    if passed is None or low is None or float(low) != 0 or walk.facts.scales(op.outputs[0]):
         return [passed, *rest]
     return [walk.emit.op("Relu", passed), *rest]
 
@@ -342,7 +344,7 @@ def cast(walk: Walk, op: Op, grads: Grads) -> Sequence[str | None]:
 
 @vjp("QuantizeLinear", "DequantizeLinear")
 def quantize(walk: Walk, op: Op, grads: Grads) -> Sequence[str | None]:
-    walk.notes["gradients pass straight through the rounding of quantised values"] = None
+    walk.note(op, "gradients pass straight through the rounding of quantised values")
     return [grads[0]]
 
 

@@ -18,7 +18,7 @@ from onnx.reference.op_run import OpRun
 from PIL import Image
 
 from heatmill.models.graph import relevance_rules
-from heatmill.models.graph.backward import START, TARGETS, Built, Unsupported, build
+from heatmill.models.graph.backward import START, TARGETS, WEIGHTS, Built, Unsupported, build
 from heatmill.models.graph.canonize import Graph, canonize
 from heatmill.models.graph.composites import COMPOSITES, Composite
 from heatmill.models.graph.head import raw_scores
@@ -400,13 +400,6 @@ def softmax(z):
     return e / e.sum()
 
 
-def sglrp(z, c):
-    p, e = softmax(z), np.eye(len(z))[c]
-    dual = (1 - e) * p[c] * p
-    peak = dual.sum() + 1e-8  # sum = p_c (1 - p_c)
-    return e * peak - dual * peak / dual.sum()
-
-
 def clrp1(z, c):
     e = np.eye(len(z))[c]
     return e - (1 - e) / (len(z) - 1)
@@ -414,46 +407,74 @@ def clrp1(z, c):
 
 def clrp1_code(z, c):
     e = np.eye(len(z))[c]
-    return e - (1 - e) * abs(z) / ((1 - e) * abs(z)).sum()
+    return e * abs(z), (1 - e) * abs(z)
 
 
-SEEDS = {
+def sglrp(z, c):
+    p, e = softmax(z), np.eye(len(z))[c]
+    dual = (1 - e) * p[c] * p
+    return e * (dual.sum() + 1e-8), dual  # sum = p_c (1 - p_c)
+
+
+FED = np.random.default_rng(8).normal(size=(2, 7))
+SEEDS = {  # one seed, or one for the class and one for the others
     "logit": logit,
     "one": lambda z, c: np.eye(len(z))[c],
+    "weights": lambda z, c: FED[list(CHOSEN[:, 0]).index(c)],
     "clrp1": clrp1,
     "clrp1-code": clrp1_code,
     "sglrp": sglrp,
 }
 
 
+def literal_start(start, net, scores, composite, x, end="x"):
+    """(rows, ...) and the share that arrived: two passes where there are two seeds, as the papers' code has it."""
+    maps, shares = [], []
+    for image, (c,) in zip(x, CHOSEN, strict=True):
+        book = Textbook(net, COMPOSITES[composite], image)
+        seeds = SEEDS[start](book.values[scores], c)
+        if not isinstance(seeds, tuple):
+            found = book.back(scores, seeds, end)
+            mass = np.abs if start in ("clrp1", "weights") else np.positive
+            maps.append(found)
+            shares.append(mass(found).sum() / mass(seeds).sum())
+            continue
+        target, dual = (book.back(scores, seed, end) for seed in seeds)
+        if start == "sglrp":  # the second map is scaled to the sum of the first
+            maps.append(target - dual * target.sum() / dual.sum())
+        else:
+            maps.append(target / target.sum() - dual / dual.sum())
+        shares.append(min(target.sum() / seeds[0].sum(), dual.sum() / seeds[1].sum()))
+    return np.array(maps), np.array(shares)
+
+
 def test_every_start_has_a_textbook_form():
     assert set(SEEDS) == set(STARTS)
 
 
+@pytest.mark.parametrize("composite", ["clrp", "epsilon-plus"])
 @pytest.mark.parametrize("start", STARTS)
-def test_start(start, tmp_path):
+def test_start(start, composite, tmp_path):
+    """Where relevance is conserved, and where biases take some of it on the way."""
     net, scores = tiny()
     x = images()
-    wanted = textbook(net, scores, "clrp", x, SEEDS[start])
-    feed = {"x": x, TARGETS: CHOSEN}
-    request = Request("relevance", composite="clrp", start=start)
+    wanted, shares = literal_start(start, net, scores, composite, x)
+    feed = {"x": x, TARGETS: CHOSEN, **({WEIGHTS: FED} if start == "weights" else {})}
+    request = Request("relevance", composite=composite, start=start)
     found, kept = run(build(net.graph(tmp_path, scores), [request], targets=1, portable=True), feed)
-    close(found, wanted)
+    close(found[0], wanted)
+    np.testing.assert_allclose(kept[0], shares, rtol=1e-6)
+    if composite == "epsilon-plus":
+        assert (np.abs(shares - 1) > 0.01).any()
     rough = build(net.graph(tmp_path, scores, dtype=np.float32), [request], targets=1)
-    close(in_float32(rough, feed)[0][0], wanted, 1e-3)
-    books = [Textbook(net, COMPOSITES["clrp"], image) for image in x]
-    seeds = [SEEDS[start](book.values[scores], c) for book, (c,) in zip(books, CHOSEN, strict=True)]
-    mass = np.abs if start not in ("logit", "one") else np.positive
-    np.testing.assert_allclose(kept[0], mass(wanted[0]).sum((1, 2, 3)) / mass(seeds).sum(1), rtol=1e-6)
-
-
-def normalised(r):
-    return r / r.sum(axis=tuple(range(2, r.ndim)), keepdims=True)
+    close(in_float32(rough, feed)[0][0][0], wanted, 1e-3)
 
 
 @pytest.mark.parametrize("start", ["clrp1", "clrp1-code", "sglrp"])
 def test_one_signed_pass_equals_two_passes_where_relevance_is_conserved(start, tmp_path):
-    """Without a bias the authors' two passes, each map divided by its own sum, come to the same."""
+    """Without a bias the authors' two passes, each map divided by its own sum, come to the same as one from the
+    difference of the two seeds, each divided by its own sum.
+    """
     net = Net()
     first = net("Relu", net("Conv", "x", net.w(12, 3, 3, 3), net.w(12, scale=0), pads=[1, 1, 1, 1]))
     second = net("Relu", net("Conv", first, net.w(12, 12, 3, 3), net.w(12, scale=0), strides=[2, 2]))
@@ -461,15 +482,26 @@ def test_one_signed_pass_equals_two_passes_where_relevance_is_conserved(start, t
     hidden = net("Relu", net("Gemm", flat, net.w(30, 48), net.w(30, scale=0), transB=1))
     scores = net("Gemm", hidden, net.w(7, 30), net.w(7, scale=0), transB=1)
     x = np.abs(images())
-    seeds = [lambda z, c: positive(SEEDS[start](z, c)), lambda z, c: -negative(SEEDS[start](z, c))]
-    target, dual = (textbook(net, scores, "z-plus", x, seed) for seed in seeds)
-    if start != "sglrp":
-        np.testing.assert_allclose(target.sum((2, 3, 4)), 1, rtol=1e-4)
+
+    def parts(z, c):
+        found = SEEDS[start](z, c)
+        return found if isinstance(found, tuple) else (positive(found), -negative(found))
+
+    def signed(z, c):
+        target, dual = parts(z, c)
+        return target / target.sum() - dual / dual.sum()
+
+    wanted = textbook(net, scores, "z-plus", x, signed)
     request = Request("relevance", composite="z-plus", start=start)
-    found, _ = run(build(net.graph(tmp_path, scores), [request], targets=1, portable=True), {"x": x, TARGETS: CHOSEN})
+    found, kept = run(
+        build(net.graph(tmp_path, scores), [request], targets=1, portable=True), {"x": x, TARGETS: CHOSEN}
+    )
     if start == "sglrp":
+        target = textbook(net, scores, "z-plus", x, lambda z, c: parts(z, c)[0])
         found = found / target.sum((2, 3, 4), keepdims=True)
-    close(found, normalised(target) - normalised(dual), 1e-4)
+    close(found, wanted, 1e-4)
+    if start != "clrp1":
+        np.testing.assert_allclose(kept, 1, rtol=1e-4)
 
 
 def with_tail(tail: str) -> tuple[Net, str, str]:
@@ -499,7 +531,7 @@ def test_a_dense_layer_is_one_however_it_is_written(composite, tail, tmp_path):
 
 @pytest.mark.parametrize("tail", ["Gemm", "MatMul", "Conv"])
 def test_negated_weights(tail, tmp_path):
-    """clrp2: the last layer by z+ with its weights and with their negatives, the difference once through the rest."""
+    """clrp2: the last layer by z+ with its weights and with their negatives, each through the rest."""
     x = images()
     net, hidden, scores = with_tail(tail)
     request = Request("relevance", composite="clrp", start="clrp2")
@@ -507,16 +539,16 @@ def test_negated_weights(tail, tmp_path):
     found, kept = run(built, {"x": x, TARGETS: CHOSEN})
     net, scores = tiny()
     weight = numpy_helper.to_array(net.weights[-2]).astype(np.float64).T
-    wanted, mass = [], []
+    wanted, shares = [], []
     for image, (c,) in zip(x, CHOSEN, strict=True):
         book = Textbook(net, COMPOSITES["clrp"], image)
         seed, h = np.eye(7)[c] * abs(book.values[scores]), book.values[hidden]
-        target, dual = (shared([(h, positive(w))], seed, 1e-9) for w in (weight, -weight))
-        contrast = target / target.sum() - dual / dual.sum()
-        wanted.append(book.back(hidden, contrast))
-        mass.append(np.abs(contrast).sum())
+        sent = [shared([(h, positive(w))], seed, 1e-9) for w in (weight, -weight)]
+        target, dual = (book.back(hidden, part) for part in sent)
+        wanted.append(target / target.sum() - dual / dual.sum())
+        shares.append(min(target.sum() / sent[0].sum(), dual.sum() / sent[1].sum()))
     close(found, np.array(wanted)[None])
-    np.testing.assert_allclose(kept[0], np.abs(wanted).sum((1, 2, 3)) / mass)
+    np.testing.assert_allclose(kept[0], shares)
 
 
 def test_negated_weights_need_a_linear_end(tmp_path):
@@ -1037,7 +1069,8 @@ def test_a_dead_network_sends_zeros(composite, start, tmp_path):
         graph = net.graph(tmp_path, scores, dtype=np.float32)
         request = Request("relevance", composite=composite, start=start)
         built = build(graph, [request], targets=1)
-        ((found, kept),) = in_float32(built, {"x": images() * 0, TARGETS: CHOSEN})
+        feed = {"x": images() * 0, TARGETS: CHOSEN, **({WEIGHTS: FED} if start == "weights" else {})}
+        ((found, kept),) = in_float32(built, feed)
         assert np.isfinite(found).all()
         assert np.isfinite(kept).all()
         if COMPOSITES[composite].first is None:

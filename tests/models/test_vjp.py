@@ -18,7 +18,7 @@ from onnx import TensorProto, helper, numpy_helper
 from onnx.reference import ReferenceEvaluator
 from onnx.reference.op_run import OpRun
 
-from heatmill.models.graph.backward import CLASSES, TARGETS, Built, Unsupported, build
+from heatmill.models.graph.backward import CLASSES, TARGETS, WEIGHTS, Built, Unsupported, build
 from heatmill.models.graph.canonize import Graph, canonize
 from heatmill.models.graph.emit import PREFIX
 from heatmill.models.graph.head import raw_scores
@@ -823,9 +823,23 @@ def test_gradients_pass_straight_through_quantised_values(tmp_path):
     plain = canonical(save(tmp_path, lambda net, x: net("Identity", x)), np.float32)
     feed = {"x": image(), TARGETS: CHOSEN}
     built, reference = build(graph, [Request()], targets=2), build(plain, [Request()], targets=2)
-    assert built.notes == ("gradients pass straight through the rounding of quantised values",)
-    assert reference.notes == ()
+    (told,), (silent,) = built.outputs, reference.outputs
+    assert told.notes == ("gradients pass straight through the rounding of quantised values",)
+    assert silent.notes == ()
     np.testing.assert_array_equal(in_float32(built, feed), in_float32(reference, feed))
+
+
+def test_a_request_is_told_of_its_own_way_only(tmp_path):
+    """What is asked for above the quantisers passes none, though both are read off one walk."""
+    net = Net()
+    held = net("DequantizeLinear", net("QuantizeLinear", "x", 0.05, np.int8(3)), 0.05, np.int8(3))
+    inner = net("Tanh", held)
+    graph = canonical(net.save(tmp_path / "m.onnx", net("Mul", inner, inner), opset=21), np.float32, keep=[inner])
+    for kind, composite in (("gradient", ""), ("relevance", "epsilon")):
+        requests = [Request(kind, composite=composite), Request(kind, inner, composite=composite)]
+        whole, part = build(graph, requests, targets=1).outputs
+        assert len(whole.notes) == 1
+        assert part.notes == ()
 
 
 def random_geometry(rng: np.random.Generator, kind: str) -> Make:
@@ -945,6 +959,45 @@ def test_guided_passes_only_positive_gradients(bounds, tmp_path):
         np.testing.assert_allclose(gradients(built, feed, 1)[k], at_high, rtol=1e-12)
         np.testing.assert_allclose(gradients(built, feed, 0)[k].reshape(2, -1), at_low, rtol=1e-12)
     assert (gradients(built, feed, 2) < 0).any()
+
+
+@pytest.mark.parametrize("form", ["hard swish", "gate", "activation"])
+def test_guided_gates_no_factor(form, tmp_path):
+    """A Clip from 0 that only scales another value is no ReLU: the guided gradient is the plain one there."""
+    net = Net()
+    inner = net("Conv", "x", net.w(8, 3, 3, 3))
+    if form == "hard swish":
+        bent = net("Mul", inner, net("Div", net("Clip", net("Add", inner, 3.0), 0.0, 6.0), 6.0))
+    elif form == "gate":
+        squeezed = net("Conv", net("GlobalAveragePool", inner), net.w(8, 8, 1, 1))
+        bent = net("Mul", net("Clip", squeezed, 0.0, 1.0), inner)
+    else:
+        gate = net("Sigmoid", net("Conv", net("GlobalAveragePool", inner), net.w(8, 8, 1, 1)))
+        bent = net("Mul", net("Clip", inner, 0.0, 6.0), gate)
+    built = build(canonical(net.save(tmp_path / "m.onnx", bent)), [Request("guided"), Request()], targets=2)
+    feed = {"x": image(), TARGETS: CHOSEN}
+    same = np.array_equal(gradients(built, feed, 0), gradients(built, feed, 1))
+    assert same == (form != "activation")
+
+
+@pytest.mark.parametrize("shape", ["flat", "grid"])
+def test_weighted_scores(shape, tmp_path):
+    """The gradient from fed weights is the weighted sum of the classes' gradients, whatever the scores' shape."""
+    net = Net()
+    if shape == "grid":
+        scores = net("Tanh", net("Conv", "x", net.w(3, 3, *SIZE)))
+        onnx.save(net.proto(net("Flatten", scores), ["N", 3]), tmp_path / "m.onnx")
+        graph = canonize(open_model(tmp_path / "m.onnx"), SIZE, scores, dtype=np.float64)
+    else:
+        graph = canonical(save(tmp_path, small_net))
+    (built, *_) = lowerings(graph, [Request(start="weights"), Request()])
+    fed = np.random.default_rng(2).normal(size=(2, 3))
+    x = image()
+    of_class = [gradients(built, {"x": x, TARGETS: np.full((2, 2), c), WEIGHTS: fed}, 1)[0] for c in range(3)]
+    found = gradients(built, {"x": x, TARGETS: CHOSEN, WEIGHTS: fed}, 0)
+    wanted = sum(fed[:, c].reshape(-1, *[1] * (x.ndim - 1)) * of_class[c] for c in range(3))
+    for values in found:
+        np.testing.assert_allclose(values, wanted, rtol=1e-9, atol=1e-12)
 
 
 def test_names_that_the_graph_already_has_are_left_alone(tmp_path):
