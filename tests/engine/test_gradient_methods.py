@@ -820,26 +820,30 @@ def relevance_map(
     if start == "logit":
         found = sent(z * one)
         return found, found.sum() / z[c] if z[c] else 0.0
+    if start == "clrp1":
+        signed = one - (1 - one) / 4
+        found = sent(signed)
+        return found, np.abs(found).sum() / np.abs(signed).sum()
+    at = "logits"
     if start == "clrp2":
-        layer, x = net.layer(net.nodes[-1], values["flat"]), values["flat"]
+        at, layer, x = "flat", net.layer(net.nodes[-1], values["flat"]), values["flat"]
         negated = Layer(-layer.matrix, layer.bias * 0, layer.taps)
-        signals = [z_plus(1e-9)(form, x, abs(z) * one) for form in (layer, negated)]
-        pair = [signal / (signal.sum() or 1) for signal in signals]
-        return sent(pair[0], "flat") - sent(pair[1], "flat"), share_of(sent(pair[0] - pair[1], "flat"), pair)
-    others = (softmax(z) * (1 - one)).sum()
-    peak = softmax(z)[c] * others + 1e-8
-    pair = {
-        "clrp1": lambda: [one, (1 - one) / 4],
-        "clrp1-code": lambda: [one, abs(z) * (1 - one) / (abs(z) * (1 - one)).sum()],
-        "sglrp": lambda: [peak * one, peak * softmax(z) * (1 - one) / others],
-    }[start]()
-    found = sent(pair[0]) - sent(pair[1])
-    return found, share_of(found, pair)
+        pair = [z_plus(1e-9)(form, x, abs(z) * one) for form in (layer, negated)]
+    elif start == "clrp1-code":
+        pair = [abs(z) * one, abs(z) * (1 - one)]
+    else:
+        chances = softmax(z)
+        pair = [one * (chances[c] * (chances * (1 - one)).sum() + 1e-8), chances * (1 - one)]
+    target, dual = (sent(seed, at) for seed in pair)
+    shares = [ratio(part.sum(), seed.sum()) for part, seed in zip((target, dual), pair, strict=True)]
+    if start == "sglrp":  # the others' map is scaled to the sum of the class's
+        return target - dual * ratio(target.sum(), dual.sum()), min(shares)
+    return ratio(target, target.sum()) - ratio(dual, dual.sum()), min(shares)
 
 
-def share_of(found: np.ndarray, pair: list[np.ndarray]) -> float:
-    """Of a contrast, the magnitudes are compared."""
-    return np.abs(found).sum() / np.abs(pair[0] - pair[1]).sum()
+def ratio(part, whole):
+    """0 / 0 is 0."""
+    return part / whole if whole else part * 0
 
 
 RELEVANCES = {
