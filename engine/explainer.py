@@ -14,14 +14,16 @@ import numpy.typing as npt
 
 from .. import HeatmillError, InputError, ModelError
 from ..kernels import finish, host
-from ..models.preprocess import ImageRefused, decode, normalise, view
+from ..models.preprocess import ImageRefused, decode, denormalise, normalise, view
 from ..models.spec import ModelSpec
+from ..models.superpixels import Segmentation, cut
 from .backends import Session, first_line
 from .opening import Loaded, blank_batch, load
 from .passes import Passed, Passes, open_passes
 from .schedule import NETWORK, OBSERVE, Batch, Run, Scheduler
 from .trial import try_model
 from .types import (
+    SEGMENT_MEAN,
     Combined,
     Expansion,
     Explanation,
@@ -32,7 +34,9 @@ from .types import (
     Observation,
     PathBank,
     Returned,
+    SegmentBank,
     Target,
+    WindowBank,
     parse_targets,
     target_rows,
 )
@@ -56,6 +60,12 @@ def _blurred(image: Array, spec: ModelSpec, size: str = "51", sigma: str = "50")
     if spec.layout == "NCHW":
         return host.blur(image.astype(np.float32), kernel, deviation)
     return host.blur(image.transpose(2, 0, 1).astype(np.float32), kernel, deviation).transpose(1, 2, 0)
+
+
+def _segment_means(image: Array, spec: ModelSpec, segments: Array) -> Array:
+    if spec.layout == "NCHW":
+        return host.segment_means(image, segments)
+    return host.segment_means(image.transpose(2, 0, 1), segments).transpose(1, 2, 0)
 
 
 BASELINES: dict[str, Callable[..., Array | None]] = {
@@ -87,7 +97,8 @@ class _State:
     raw: Array | None = None
     observations: dict[int, Observation] = field(default_factory=dict)
     expansions: dict[int, Expansion] = field(default_factory=dict)
-    baselines: dict[str, Array | None] = field(default_factory=dict)
+    baselines: dict[Hashable, Array | None] = field(default_factory=dict)
+    segments: dict[Segmentation, Array] = field(default_factory=dict)
     results: dict[int, Array] = field(default_factory=dict)
     combined: dict[int, Combined] = field(default_factory=dict)
     left: int = 0
@@ -165,7 +176,7 @@ class Engine:
                     break
                 if item.key in self._states:
                     raise ValueError(f"item {item.key!r} was given twice")
-                self._states[item.key] = _State(item)
+                self._states[item.key] = _State(item, segments=dict(item.segments))
                 scheduler.add_image(item.key)
             self.stages.prepare += time.perf_counter() - start
             batch = scheduler.next_batch()
@@ -251,15 +262,12 @@ class Engine:
         key, method = run.key
         state = self._states[key]
         expansion = state.expansions[method]
-        image, name = state.item.image, expansion.baseline
+        image = state.item.image
         bank, rows = expansion.bank, slice(run.start, run.stop)
         if bank is None:
             place[:] = image
             return
-        if name not in state.baselines:
-            kind, *options = name.split(":")
-            state.baselines[name] = BASELINES[kind](image, self.loaded.spec, *options)
-        baseline, layout = state.baselines[name], self.loaded.spec.layout
+        baseline, layout = self._baseline(state, method, expansion), self.loaded.spec.layout
         masks = self._masks[: run.stop - run.start]
         if isinstance(bank, PathBank):
             masks[:] = bank.shares[rows, None, None]
@@ -271,17 +279,43 @@ class Engine:
             host.upsample(bank.maps[rows], self.loaded.facts.size, bank.rule, out=masks)
         elif isinstance(bank, GridBank):
             host.grid_masks(bank.bits[rows], bank.offsets[rows], self.loaded.facts.size, out=masks)
+        elif isinstance(bank, SegmentBank):
+            host.segment_masks(bank.segments, bank.bits[rows], out=masks)
+        elif isinstance(bank, WindowBank):
+            host.window_masks(bank.boxes[rows], self.loaded.facts.size, out=masks)
         host.blend(image, masks, baseline, layout, out=place)
+
+    def _baseline(self, state: _State, method: int, expansion: Expansion) -> Array | None:
+        """What stands for absence; made once for an image, or once for each of its methods' superpixels."""
+        image, name, bank = state.item.image, expansion.baseline, expansion.bank
+        key: Hashable = name
+        if name == SEGMENT_MEAN and isinstance(bank, SegmentBank):
+            key = (name, method)
+            if key not in state.baselines:
+                state.baselines[key] = _segment_means(image, self.loaded.spec, bank.segments)
+        elif key not in state.baselines:
+            kind, *options = name.split(":")
+            state.baselines[key] = BASELINES[kind](image, self.loaded.spec, *options)
+        return state.baselines[key]
 
     def _noisy(self, key: tuple[Hashable, int], image: Array, draw: int, share: float) -> Array:
         """The image plus a draw of Gaussian noise that depends on the seed, the image, the method and its number."""
-        name = f"{key[0]}/{self.loaded.calls[key[1]].method.name}"
-        digest = int.from_bytes(hashlib.blake2b(name.encode(), digest_size=8).digest(), "little")
-        generator = np.random.Generator(
-            np.random.Philox(key=np.array([self._seed, digest], np.uint64), counter=[0, 0, 0, draw])
-        )
+        generator = np.random.Generator(np.random.Philox(key=self._key(*key), counter=[0, 0, 0, draw]))
         deviation = share * (float(image.max()) - float(image.min()))
         return np.asarray(image + deviation * generator.standard_normal(image.shape, dtype=np.float32))
+
+    def _key(self, item: Hashable, method: int) -> Array:
+        """Philox's key for random numbers of an image and a method."""
+        name = f"{item}/{self.loaded.calls[method].method.name}"
+        digest = int.from_bytes(hashlib.blake2b(name.encode(), digest_size=8).digest(), "little")
+        return np.array([self._seed, digest], np.uint64)
+
+    def _segments(self, state: _State, wanted: tuple[Segmentation, ...]) -> tuple[Array, ...]:
+        """How the image is cut; made here where it did not come with it."""
+        for how in wanted:
+            if how not in state.segments:
+                state.segments[how] = cut(denormalise(state.item.image, self.loaded.spec), how)
+        return tuple(state.segments[how] for how in wanted)
 
     def _observe(self, scheduler: Scheduler, run: Run, passed: Passed) -> list[Hashable]:
         state, slot = self._states[run.key], run.slot
@@ -298,7 +332,9 @@ class Engine:
                 for request in self._asked[method]
             )
             image = self._channels_first(state.item.image)
-            observation = Observation(image, raw, classes, features, returned)
+            segments = self._segments(state, call.method.superpixels(call.parameters))
+            key = self._key(run.key, method)
+            observation = Observation(image, raw, classes, features, returned, segments, key)
             state.observations[method] = observation
             if not all(np.isfinite(found.values).all() for found in returned):
                 state.expansions[method] = Expansion()  # without a map, its rows are nonfinite
@@ -315,7 +351,8 @@ class Engine:
             if rows and expansion.through is not None:
                 state.results.pop(method, None)  # the shape of the sums comes with the first row
             else:
-                state.results[method] = np.zeros((len(state.targets), rows), dtype=np.float32)
+                asked = _asked(state, method)
+                state.results[method] = np.zeros((len(asked), rows), dtype=np.float32)
             if rows:
                 scheduler.add_rows((state.item.key, method), rows, expansion.through or NETWORK)
                 state.left += 1
@@ -349,8 +386,7 @@ class Engine:
         key, method = run.key
         state = self._states[key]
         kind = self.loaded.posterior if state.expansions[method].score == "posterior" else "none"
-        classes = state.observations[method].targets
-        scores = host.class_scores(raw, classes, kind).T
+        scores = host.class_scores(raw, _asked(state, method), kind).T
         state.results[method][:, run.start : run.stop] = scores
         return self._folded(scheduler, run, bool(np.isfinite(scores).all()))
 
@@ -443,6 +479,12 @@ class Engine:
         error = "the network gave a value that is not finite"
         size = self.loaded.facts.size
         return Explanation(key, call, target, source, score, pred, pred_score, "nonfinite", error, None, {}, size)
+
+
+def _asked(state: _State, method: int) -> Array:
+    """The classes whose scores a method's rows give."""
+    observation = state.observations[method]
+    return np.arange(len(observation.raw)) if state.expansions[method].every_class else observation.targets
 
 
 def _rows(expansion: Expansion) -> int:

@@ -17,6 +17,7 @@ from ..models.graph.head import linear_head, raw_scores
 from ..models.graph.tap import Reading, Tap, make_batch_dynamic, with_outputs
 from ..models.load import ModelFile, inline_external_data, open_model
 from ..models.spec import ModelSpec
+from ..models.superpixels import Segmentation
 from .backends import Profile, Session, choose, open_session
 from .methods import parse_method
 from .types import Facts, MethodCall
@@ -56,6 +57,11 @@ class Loaded:
         """Whether backward graphs are still to be made from the file."""
         asks = ((call.method.backward, call.method.through, call.parameters) for call in self.calls)
         return any(back(self.facts, values) or through(self.facts, values) for back, through, values in asks)
+
+    @property
+    def segmentations(self) -> tuple[Segmentation, ...]:
+        """How the methods want pictures cut, each once."""
+        return tuple(dict.fromkeys(how for call in self.calls for how in call.method.superpixels(call.parameters)))
 
     @property
     def bounds(self) -> tuple[Array, Array]:

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from ..models.graph.head import LinearHead
     from ..models.graph.request import Request
     from ..models.graph.tap import Tap
+    from ..models.superpixels import Segmentation
 
 Array = npt.NDArray[Any]
 Value = str | int | float | bool
@@ -64,10 +65,32 @@ class PathBank:
         return len(self.shares)
 
 
-Bank = MapBank | GridBank | PathBank
+@dataclass(frozen=True, slots=True)
+class SegmentBank:
+    """Superpixels: the segment of every pixel (H, W) int32, and which of them each row keeps (n, segments) uint8."""
+
+    segments: Array
+    bits: Array
+
+    def __len__(self) -> int:
+        return len(self.bits)
+
+
+@dataclass(frozen=True, slots=True)
+class WindowBank:
+    """Rectangles that are hidden, (n, 4) int32: top, left, bottom, right, the latter two outside."""
+
+    boxes: Array
+
+    def __len__(self) -> int:
+        return len(self.boxes)
+
+
+Bank = MapBank | GridBank | PathBank | SegmentBank | WindowBank
 
 
 BASELINE_NAMES = ("zero", "black", "mean", "blur")
+SEGMENT_MEAN = "segment-mean"
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,6 +141,8 @@ class Observation:
         targets: the asked classes (k,).
         features: the tapped maps (c, h, w), where a tap is read.
         returned: for each of the method's requests, what came back.
+        segments: for each of the method's segmentations, the segment of every pixel (H, W) int32.
+        key: (2,) uint64, Philox's, for random numbers of this image and method.
     """
 
     image: Array
@@ -125,6 +150,8 @@ class Observation:
     targets: Array
     features: Array | None
     returned: tuple[Returned, ...] = ()
+    segments: tuple[Array, ...] = ()
+    key: Array | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -133,8 +160,10 @@ class Expansion:
 
     Attributes:
         bank: the perturbed inputs, a row each; None where no further pass is needed.
-        baseline: what stands for absence: zero (in the network's own units), black, mean, blur or blur:SIZE:SIGMA.
+        baseline: what stands for absence: zero (in the network's own units), black, mean, blur or blur:SIZE:SIGMA; for
+            a bank of superpixels also segment-mean.
         score: "posterior" or "logit", what each pass through the network is asked for.
+        every_class: whether the results are of all classes in order, not of the targets.
         through: the backward pass that the rows go through instead; None is the network alone.
         of: (n,) for rows through a backward pass, which target each belongs to.
         weights: (n,) for rows through a backward pass, with which what comes back is summed up by target.
@@ -146,6 +175,7 @@ class Expansion:
     bank: Bank | None = None
     baseline: str = "zero"
     score: str = "posterior"
+    every_class: bool = False
     through: Request | None = None
     of: Array | None = None
     weights: Array | None = None
@@ -186,6 +216,11 @@ def nothing_back(facts: Facts, parameters: Parameters) -> tuple[Request, ...]:
     return ()
 
 
+def not_cut(parameters: Parameters) -> tuple[Segmentation, ...]:
+    """For methods that need no superpixels."""
+    return ()
+
+
 @dataclass(frozen=True, slots=True)
 class Method:
     """A way to explain, as data: what it needs, how an image becomes passes, how what they give becomes a map.
@@ -193,8 +228,8 @@ class Method:
     Attributes:
         expand: (facts, observation, parameters, shared bank) -> Expansion.
         combine: (facts, observation, expansion, results, parameters) -> Combined, or an Expansion of further passes.
-            `results` is (k, n), a score for every target and row; after passes through a backward graph it is
-            (k, ...), the weighted sums of what came back.
+            `results` is (k, n), a score for every target (or class) and row; after passes through a backward graph it
+            is (k, ...), the weighted sums of what came back.
         finish: parameters -> the steps from raw map to saliency map, of FINISHES.
         passes: (facts, parameters) -> greatest number of further passes per image, and for each of its targets where
             they depend on the class.
@@ -204,6 +239,7 @@ class Method:
         through: (facts, parameters) -> the backward passes that rows may go through.
         read: (facts, what a row's pass showed, the row, expansion, parameters) -> what is summed up; the returned
             values themselves where it is None. The row's observation has one target.
+        superpixels: parameters -> how the picture is cut into segments.
         needs_tap: parameters -> whether a layer is read.
         pixels: parameters -> whether maps are on another grid than the tap's, as a rule the input's.
     """
@@ -221,6 +257,7 @@ class Method:
     backward: Callable[[Facts, Parameters], tuple[Request, ...]] = nothing_back
     through: Callable[[Facts, Parameters], tuple[Request, ...]] = nothing_back
     read: Callable[[Facts, Observation, int, Expansion, Parameters], Array] | None = None
+    superpixels: Callable[[Parameters], tuple[Segmentation, ...]] = not_cut
     needs_tap: Callable[[Parameters], bool] = always
     pixels: Callable[[Parameters], bool] = never
 
@@ -281,11 +318,15 @@ def target_rows(targets: Sequence[Target], label: int | None) -> list[tuple[int 
 
 @dataclass(frozen=True, slots=True)
 class Item:
-    """One image to explain: the network's input for it (no batch axis) and its label, if known."""
+    """One image to explain: the network's input for it (no batch axis), its label if known, and how it is cut.
+
+    `segments` may hold what methods need of its picture (`Method.superpixels`); what it lacks is made when needed.
+    """
 
     key: Hashable
     image: Array
     label: int | None = None
+    segments: Mapping[Segmentation, Array] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)

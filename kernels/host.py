@@ -82,6 +82,28 @@ def grid_masks(bits: Array, offsets: Array, size: tuple[int, int], out: Array | 
     return np.matmul(rows, wide, out=out)
 
 
+def segment_masks(segments: Array, bits: Array, out: Array | None = None) -> Array:
+    """Superpixel masks (n, H, W) float32; see `reference.segment_masks`."""
+    return np.take(bits.astype(np.float32), segments, axis=1, out=out, mode="clip")
+
+
+def window_masks(boxes: Array, size: tuple[int, int], out: Array | None = None) -> Array:
+    """Masks (n, H, W) float32 with a rectangle hidden; see `reference.window_masks`."""
+    masks = np.empty((len(boxes), *size), np.float32) if out is None else out
+    masks[:] = 1
+    for mask, (top, left, bottom, right) in zip(masks, boxes, strict=True):
+        mask[top:bottom, left:right] = 0
+    return masks
+
+
+def segment_means(image: Array, segments: Array) -> Array:
+    """A (c, H, W) image averaged over each segment, float32; see `reference.segment_means`."""
+    places = segments.ravel()
+    pixels = np.maximum(np.bincount(places), 1)
+    means = [np.bincount(places, channel.ravel().astype(np.float64)) / pixels for channel in image]
+    return np.stack(means)[:, segments].astype(np.float32)
+
+
 def blend(
     image: Array, masks: Array, baseline: Array | None = None, layout: str = "NCHW", out: Array | None = None
 ) -> Array:
@@ -166,3 +188,22 @@ def accumulate_grid(bits: Array, offsets: Array, weights: Array, size: tuple[int
         grid = sums.reshape(cell_y, cell_x, s, s).transpose(0, 2, 1, 3).reshape(cell_y * s, cell_x * s)
         out[k] = left @ grid @ right.T
     return out
+
+
+def accumulate_segments(segments: Array, bits: Array, weights: Array) -> Array:
+    """Weighted sums (k, H, W) float32 of superpixel masks; see `reference.accumulate_segments`."""
+    sums = weights.astype(np.float64) @ bits.astype(np.float64)
+    return sums[:, segments].astype(np.float32)
+
+
+def accumulate_windows(boxes: Array, weights: Array, size: tuple[int, int]) -> Array:
+    """Sums (k, H, W) float32 of rectangles' weights; see `reference.accumulate_windows`.
+
+    Each rectangle is four corners, and the running sums along both axes fill it.
+    """
+    corners = np.zeros((len(weights), size[0] + 1, size[1] + 1))
+    top, left, bottom, right = boxes.T
+    for plane, row in zip(corners, weights.astype(np.float64), strict=True):
+        for y, x, sign in ((top, left, 1), (top, right, -1), (bottom, left, -1), (bottom, right, 1)):
+            np.add.at(plane, (y, x), sign * row)
+    return corners.cumsum(axis=1).cumsum(axis=2)[:, :-1, :-1].astype(np.float32)

@@ -69,6 +69,33 @@ def grid_masks(bits: Array, offsets: Array, size: tuple[int, int]) -> Array:
     return np.array(cut).reshape(len(bits), *size)
 
 
+def segment_masks(segments: Array, bits: Array) -> Array:
+    """Masks (n, H, W): 1 where the segment (H, W) of a pixel is one that the row's bits (n, segments) keep."""
+    out = np.zeros((len(bits), *segments.shape))
+    for n, row in enumerate(bits):
+        for segment, kept in enumerate(row):
+            out[n][segments == segment] = kept
+    return out
+
+
+def window_masks(boxes: Array, size: tuple[int, int]) -> Array:
+    """Masks (n, H, W): 0 in the row's rectangle (top, left, bottom, right), 1 outside."""
+    out = np.ones((len(boxes), *size))
+    for n, (top, left, bottom, right) in enumerate(boxes):
+        out[n, top:bottom, left:right] = 0
+    return out
+
+
+def segment_means(image: Array, segments: Array) -> Array:
+    """A (c, H, W) image, each channel averaged over each segment (H, W)."""
+    out = np.zeros(image.shape)
+    for segment in np.unique(segments):
+        inside = segments == segment
+        for channel, values in enumerate(image.astype(np.float64)):
+            out[channel][inside] = values[inside].mean()
+    return out.astype(np.float32)
+
+
 def blend(image: Array, masks: Array, baseline: Array | None = None, layout: str = "NCHW") -> Array:
     """`x * m + b * (1 - m)`: one image under (n, H, W) masks, as (n, *image.shape) in the image's dtype.
 
@@ -145,3 +172,13 @@ def accumulate_maps(maps: Array, weights: Array) -> Array:
 def accumulate_grid(bits: Array, offsets: Array, weights: Array, size: tuple[int, int]) -> Array:
     """Weighted sums (k, H, W) of RISE masks under weights (k, n)."""
     return accumulate_maps(grid_masks(bits, offsets, size), weights)
+
+
+def accumulate_segments(segments: Array, bits: Array, weights: Array) -> Array:
+    """Weighted sums (k, H, W) of superpixel masks under weights (k, n)."""
+    return accumulate_maps(segment_masks(segments, bits), weights)
+
+
+def accumulate_windows(boxes: Array, weights: Array, size: tuple[int, int]) -> Array:
+    """Sums (k, H, W) of the weights (k, n) of the rectangles that a pixel lies in."""
+    return accumulate_maps(1 - window_masks(boxes, size), weights)

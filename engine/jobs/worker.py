@@ -12,9 +12,9 @@ import os
 import time
 import traceback
 from collections import deque
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
@@ -22,6 +22,7 @@ from typing import Any
 from ... import HeatmillError, IncompleteError
 from ...models.preprocess import ImageRefused, decode, normalise, view
 from ...models.spec import ModelSpec
+from ...models.superpixels import Segmentation, cut
 from ..backends import usable_cores
 from ..explainer import Engine
 from ..opening import Loaded, open_best
@@ -107,7 +108,7 @@ class Order:
 
 @dataclass(frozen=True, slots=True)
 class Prepared:
-    """A decoded image, or why there is none."""
+    """A decoded image and how it is cut, or why there is none."""
 
     image: Array | None
     width: int | None = None
@@ -115,22 +116,25 @@ class Prepared:
     crop_box: tuple[float, float, float, float] | None = None
     status: str = "ok"
     error: str | None = None
+    segments: Mapping[Segmentation, Array] = field(default_factory=dict)
 
 
 class _Drained(Exception):
     """The supervisor asked to stop; what is not committed is dropped."""
 
 
-def prepare(row: Mapping[str, Any], spec: ModelSpec, dtype: str) -> Prepared:
-    """Read, decode and preprocess one image of the plan."""
+def prepare(row: Mapping[str, Any], spec: ModelSpec, dtype: str, wanted: Sequence[Segmentation] = ()) -> Prepared:
+    """Read, decode, preprocess and cut one image of the plan."""
     try:
         pixels = decode(sources.read(row["uri"], row["size"], row["mtime_ns"]), exif=spec.exif, color=spec.color)
         shown, box = view(pixels, spec)
+        segments = {how: cut(shown, how) for how in wanted}
     except ImageRefused as err:
         return Prepared(None, status=err.status, error=err.reason)
     except MemoryError:
         return Prepared(None, status="too_large", error="there is not enough memory to decode it")
-    return Prepared(normalise(shown, spec, dtype), pixels.shape[1], pixels.shape[0], box)
+    image = normalise(shown, spec, dtype)
+    return Prepared(image, pixels.shape[1], pixels.shape[0], box, segments=segments)
 
 
 class Collector:
@@ -354,7 +358,8 @@ def _items(
                 collector.refuse(row, Prepared(None, status="worker_crash", error="the image killed the worker twice"))
                 continue
             image = plan.images.slice(row, 1).to_pylist()[0]
-            coming.append((row, image, pool.submit(prepare, image, loaded.spec, loaded.model.input.dtype)))
+            how = (loaded.spec, loaded.model.input.dtype, loaded.segmentations)
+            coming.append((row, image, pool.submit(prepare, image, *how)))
         if not coming:
             return
         row, image, future = coming.popleft()
@@ -365,4 +370,4 @@ def _items(
             collector.refuse(row, prepared)
             continue
         collector.prepared[row] = Prepared(None, prepared.width, prepared.height, prepared.crop_box)
-        yield Item(row, prepared.image, image.get("target"))
+        yield Item(row, prepared.image, image.get("target"), prepared.segments)

@@ -184,3 +184,44 @@ def test_accumulate_maps(seed, n, h, w, k):
     np.testing.assert_allclose(
         host.accumulate_maps(maps, weights), reference.accumulate_maps(maps, weights), rtol=1e-5, atol=1e-5
     )
+
+
+@settings(max_examples=40, deadline=None)
+@given(seed=st.integers(0, 99), n=st.integers(1, 5), count=st.integers(1, 9), size=SIZES, k=st.integers(1, 3))
+def test_segment_masks_their_sums_and_means(seed, n, count, size, k):
+    rng = np.random.default_rng(seed)
+    segments = rng.integers(0, count, size).astype(np.int32)
+    bits = rng.integers(0, 2, (n, count)).astype(np.uint8)
+    masks = reference.segment_masks(segments, bits)
+    np.testing.assert_array_equal(host.segment_masks(segments, bits), masks)
+    weights = rng.normal(size=(k, n)).astype(np.float32)
+    sums = host.accumulate_segments(segments, bits, weights)
+    np.testing.assert_allclose(sums, reference.accumulate_segments(segments, bits, weights), atol=1e-5)
+    image = rng.normal(size=(3, *size)).astype(np.float32)
+    means = host.segment_means(image, segments)
+    np.testing.assert_allclose(means, reference.segment_means(image, segments), atol=1e-5)
+    np.testing.assert_allclose(means.sum(axis=(1, 2)), image.sum(axis=(1, 2)), atol=1e-2)
+
+
+def test_a_segment_mask_keeps_the_pixels_of_the_kept_segments():
+    segments = np.array([[0, 0, 2], [1, 1, 2]], np.int32)
+    bits = np.array([[1, 0, 1], [0, 0, 0]], np.uint8)
+    masks = reference.segment_masks(segments, bits)
+    np.testing.assert_array_equal(masks, [[[1, 1, 1], [0, 0, 1]], [[0, 0, 0], [0, 0, 0]]])
+
+
+@settings(max_examples=40, deadline=None)
+@given(seed=st.integers(0, 99), n=st.integers(1, 6), size=SIZES, k=st.integers(1, 3))
+def test_window_masks_and_their_sums(seed, n, size, k):
+    rng = np.random.default_rng(seed)
+    edges = np.sort(rng.integers(0, np.array(size)[:, None] + 1, (n, 2, 2)), axis=2)
+    boxes = np.concatenate([edges[:, :, 0], edges[:, :, 1]], axis=1).astype(np.int32)
+    np.testing.assert_array_equal(host.window_masks(boxes, size), reference.window_masks(boxes, size))
+    weights = rng.normal(size=(k, n)).astype(np.float32)
+    sums = host.accumulate_windows(boxes, weights, size)
+    np.testing.assert_allclose(sums, reference.accumulate_windows(boxes, weights, size), atol=1e-5)
+
+
+def test_a_window_hides_what_lies_in_its_box():
+    mask = reference.window_masks(np.array([[1, 0, 2, 2]]), (3, 3))[0]
+    np.testing.assert_array_equal(mask, [[1, 1, 1], [0, 0, 1], [1, 1, 1]])
