@@ -10,16 +10,23 @@ from .fg_cam import FG_CAM
 from .grad_cam import GRADIENT_CAMS
 from .group_cam import GROUP_CAM
 from .integrated_gradients import INTEGRATED_GRADIENTS
+from .kernel_shap import KERNEL_SHAP
+from .lime import LIME
 from .lrp import RELEVANCES
+from .occlusion import OCCLUSION
 from .rise import RISE
 from .saliency import SALIENCIES
 from .score_cam import SCORE_CAM
+from .score_cam_kin import SCORE_CAM_KIN
+from .sidu import SIDU
 from .smoothgrad import SMOOTHGRAD
 
 METHODS: dict[str, Method] = {
     method.name: method
     for method in (
-        *(SCORE_CAM, CF_CAM, GROUP_CAM, RISE, CAM),
+        SCORE_CAM,
+        *SCORE_CAM_KIN,
+        *(CF_CAM, GROUP_CAM, SIDU, RISE, OCCLUSION, LIME, KERNEL_SHAP, CAM),
         *GRADIENT_CAMS,
         FG_CAM,
         *RELEVANCES,

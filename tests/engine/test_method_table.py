@@ -41,6 +41,11 @@ FEW = {
     "rise": "rise:masks=16",
     "integrated-gradients": "integrated-gradients:steps=3",
     "smoothgrad": "smoothgrad:samples=3",
+    "ss-cam": "ss-cam:samples=2",
+    "is-cam": "is-cam:steps=2",
+    "occlusion": "occlusion:window=40,stride=40",
+    "lime": "lime:samples=8,superpixels=slic,segments=4",
+    "kernel-shap": "kernel-shap:samples=8,segments=4",
 }
 SIGNS = {True: "yes", False: "-"}
 
