@@ -165,7 +165,7 @@ def main() -> None:
     default=["score-cam"],
     show_default=True,
     metavar="NAME[:key=value,...]",
-    help="Repeatable; heatmill methods lists them.",
+    help="Repeatable; heatmill methods lists them. A whole number may be a range: segments=10..100 (steps of 10).",
 )
 @click.option(
     "-t",

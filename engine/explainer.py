@@ -471,6 +471,7 @@ class Engine:
                     raw_map,
                     extras,
                     self.loaded.facts.size,
+                    combined.arrays[k] if combined.arrays else {},
                 )
 
     def _nonfinite(
@@ -519,6 +520,7 @@ class Result:
         predictions: (n,) classes.
         statuses: (n, k) strings, `ok` or `nonfinite`.
         extras: per image and target, counts and reasons.
+        arrays: per image and target, what the method gives besides maps, by name.
     """
 
     maps: Array
@@ -529,6 +531,7 @@ class Result:
     extras: tuple[tuple[Mapping[str, Any], ...], ...]
     size: tuple[int, int]
     finish: tuple[str, ...]
+    arrays: tuple[tuple[Mapping[str, Array], ...], ...] = ()
 
     def upsampled(self) -> Array:
         """The raw maps at the input's resolution, (n, k, H, W): bilinear, half-pixel centres."""
@@ -585,7 +588,9 @@ class Explainer:
         )
         if batch_size != "auto" and not (isinstance(batch_size, int) and batch_size >= 1):
             raise InputError(f'batch_size {batch_size!r}: give "auto" or a number from 1')
-        (call,) = self._loaded.calls
+        call = self._loaded.calls[0]
+        if len(self._loaded.calls) > 1:
+            raise InputError(f"method {method!r} stands for several; an Explainer has one")
         asked = None if isinstance(batch_size, str) else batch_size
         passes = 1 + call.method.passes(self._loaded.facts, call.parameters)
         try:
@@ -638,6 +643,7 @@ class Explainer:
             extras=tuple(tuple(e.extras for e in row) for row in rows),
             size=self._loaded.facts.size,
             finish=self._loaded.calls[0].method.finish(self._loaded.calls[0].parameters),
+            arrays=tuple(tuple(e.arrays for e in row) for row in rows),
         )
 
     def stream(

@@ -19,7 +19,7 @@ from ..models.load import ModelFile, inline_external_data, open_model
 from ..models.spec import ModelSpec
 from ..models.superpixels import Segmentation
 from .backends import Profile, Session, choose, open_session
-from .methods import parse_method
+from .methods import parse_methods
 from .types import Facts, MethodCall
 
 Array = npt.NDArray[Any]
@@ -100,7 +100,7 @@ def load(
         ModelError: the file, its spec or the layer is refused.
         InputError: an unknown method or option, or a method that can't run on this model.
     """
-    calls = tuple(parse_method(text) for text in methods)
+    calls = parse_methods(methods)
     if len({call.text for call in calls}) < len(calls):
         raise InputError("a method was given twice with the same parameters")
     opened = open_model(Path(model), scores=scores)

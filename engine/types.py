@@ -186,10 +186,11 @@ class Expansion:
 
 @dataclass(frozen=True, slots=True)
 class Combined:
-    """Raw maps (k, h, w) float32, and what to say of all targets or of each."""
+    """Raw maps (k, h, w) float32, and for each target what to say and, of methods with `arrays`, its named arrays."""
 
     maps: Array
     extras: tuple[Mapping[str, Any], ...]
+    arrays: tuple[Mapping[str, Array], ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -240,6 +241,7 @@ class Method:
         read: (facts, what a row's pass showed, the row, expansion, parameters) -> what is summed up; the returned
             values themselves where it is None. The row's observation has one target.
         superpixels: parameters -> how the picture is cut into segments.
+        arrays: whether it gives named arrays besides maps.
         needs_tap: parameters -> whether a layer is read.
         pixels: parameters -> whether maps are on another grid than the tap's, as a rule the input's.
     """
@@ -258,6 +260,7 @@ class Method:
     through: Callable[[Facts, Parameters], tuple[Request, ...]] = nothing_back
     read: Callable[[Facts, Observation, int, Expansion, Parameters], Array] | None = None
     superpixels: Callable[[Parameters], tuple[Segmentation, ...]] = not_cut
+    arrays: bool = False
     needs_tap: Callable[[Parameters], bool] = always
     pixels: Callable[[Parameters], bool] = never
 
@@ -334,7 +337,7 @@ class Explanation:
     """One image, target and method: the raw map (h, w) and how it came about.
 
     `map` is None where `status` is not ok. `score` is the target's posterior on the unperturbed image. `size` is the
-    input's (height, width).
+    input's (height, width). `arrays` is what the method gives besides.
     """
 
     key: Hashable
@@ -349,6 +352,7 @@ class Explanation:
     map: Array | None
     extras: Mapping[str, Any]
     size: tuple[int, int]
+    arrays: Mapping[str, Array] = field(default_factory=dict)
 
     def upsampled(self) -> Array:
         """The raw map at the input's size, (H, W): bilinear, half-pixel centres."""

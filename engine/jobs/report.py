@@ -30,6 +30,7 @@ from PIL import Image
 from ... import InputError
 from ...models.preprocess import ImageRefused, decode
 from ...models.spec import ModelSpec
+from .objects import borders_png, described, sweep
 from .sources import read
 from .store import Row, Run, read_plan
 
@@ -203,11 +204,15 @@ def write_report(run: Run, *, limit: int = 500, colormap: str = "turbo") -> Path
         for rows in _chosen(run, choice, limit):
             image, photograph = _image_data(rows[0], photographs)
             maps: list[str] = []
+            borders: dict[int, str] = {}
             for row in rows:
                 card, png = _card(row, len(images), len(maps))
+                if card["objects"]:
+                    borders[len(maps)] = borders_png(row.arrays["segments"])
                 cards.append(card)
                 maps.append(png)
-            file.write(_block(f"image-{len(images)}", {"photograph": photograph, "maps": maps}))
+            pictures = {"photograph": photograph, "maps": maps, "borders": borders}
+            file.write(_block(f"image-{len(images)}", pictures))
             images.append(image)
         data = {
             "model": name,
@@ -215,6 +220,7 @@ def write_report(run: Run, *, limit: int = 500, colormap: str = "turbo") -> Path
             "counts": _counts(run, table, choice, len(cards)),
             "images": images,
             "cards": cards,
+            "sweeps": sweep(run.settings, table),
             "bad": _bad(table, limit, int(run.settings["rows_per_image"])),
             "names": _names(run, {card["prediction"] for card in cards}),
             "colormap": colormap,
@@ -299,6 +305,9 @@ def _card(row: Row, image: int, position: int) -> tuple[dict[str, Any], str]:
     warning = extras.pop("reason", None) or extras.pop("warning", None)
     if warning is None and not levels.any():
         warning = "blank: the finished map has one value everywhere"
+    objects = described(row.arrays)
+    if objects:
+        extras.pop("groups", None)  # said by rank
     card = {
         "image": image,
         "map": position,
@@ -311,6 +320,7 @@ def _card(row: Row, image: int, position: int) -> tuple[dict[str, Any], str]:
         "prediction": row.prediction,
         "prediction_score": _finite(row.prediction_score),
         "warning": None if warning is None else str(warning),
+        "objects": objects,
         "extras": [[key, value if isinstance(value, str) else json.dumps(value)] for key, value in extras.items()],
     }
     return card, _map_png(levels, signed)

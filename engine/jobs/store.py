@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import errno
 import hashlib
+import io
 import json
 import os
 import re
+import zipfile
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -66,16 +68,19 @@ COLUMNS: list[tuple[str, pa.DataType]] = [
 ]
 
 
-def schema(grid: tuple[int, int] | None, pixels: bool) -> pa.Schema:
+def schema(grid: tuple[int, int] | None, pixels: bool, arrays: bool = False) -> pa.Schema:
     """The columns of a part: maps on the tap's `grid` (None: no such method) and, if `pixels`, at the input's size.
 
-    `map` holds whichever there is; where a run has both, pixel maps go to `map_pixels`.
+    `map` holds whichever there is; where a run has both, pixel maps go to `map_pixels`. `arrays` is there only where a
+    method gives some.
     """
     columns = list(COLUMNS)
     if grid is not None:
         columns.append(("map", pa.list_(pa.float32(), grid[0] * grid[1])))
     if pixels:
         columns += [(pixel_column(grid), pa.binary()), ("map_scale", pa.float32()), ("map_offset", pa.float32())]
+    if arrays:
+        columns.append(("arrays", pa.binary()))
     return pa.schema(columns)
 
 
@@ -103,6 +108,19 @@ def decode_pixels(data: bytes, scale: float, offset: float, shape: Sequence[int]
     halves = np.ascontiguousarray(planes.T).view("<f2").reshape(tuple(shape))
     limits = np.finfo(np.float32)
     return (halves.astype(np.float64) * scale + offset).clip(limits.min, limits.max).astype(np.float32)
+
+
+def encode_arrays(arrays: Mapping[str, Array]) -> bytes:
+    """Named arrays as NumPy's npz, zstd."""
+    file = io.BytesIO()
+    np.savez(file, **arrays)  # type: ignore[arg-type]
+    return zstandard.ZstdCompressor(level=3).compress(file.getvalue())
+
+
+def decode_arrays(data: bytes) -> dict[str, Array]:
+    """The arrays of `encode_arrays`."""
+    with np.load(io.BytesIO(zstandard.ZstdDecompressor().decompress(data)), allow_pickle=False) as found:
+        return dict(found)
 
 
 def commit(run: Path, name: str, data: bytes) -> None:
@@ -211,6 +229,7 @@ class Row:
     map: Array | None
     input_size: tuple[int, int]
     finish: tuple[str, ...]
+    arrays: Mapping[str, Array]
 
     def upsampled(self) -> Array:
         """The raw map at the network's input size, (H, W) float32: bilinear, half-pixel centres."""
@@ -298,7 +317,8 @@ class Run:
                     maps = column.values.to_numpy(zero_copy_only=False).reshape(-1, *self.grid)[column.offset :]
                     batch = batch.drop_columns(["map"])
                 for i, values in enumerate(batch.to_pylist()):
-                    shape = values.pop("map_shape")
+                    shape, packed_arrays = values.pop("map_shape"), values.get("arrays")
+                    values["arrays"] = decode_arrays(packed_arrays) if packed_arrays else {}
                     if values.get("map_scale") is not None:
                         packed = values[pixel_column(self.grid)]
                         yield values, decode_pixels(packed, values["map_scale"], values["map_offset"], shape)
@@ -328,10 +348,11 @@ class Run:
             map=raw,
             input_size=self.input_size,
             finish=steps,
+            arrays=values["arrays"],
         )
 
 
-DAMAGE = (OSError, pa.ArrowException, zstandard.ZstdError, ValueError, LookupError)
+DAMAGE = (OSError, pa.ArrowException, zstandard.ZstdError, zipfile.BadZipFile, ValueError, LookupError)
 
 
 class naming:
@@ -392,7 +413,8 @@ def verify(path: str | Path) -> dict[str, int]:
     size, images, each = int(settings["shard_rows"]), int(settings["images"]), int(settings["rows_per_image"])
     calls = [method["call"] for method in settings["methods"]]
     per_image = [call for call in calls for _ in range(each // len(calls))]
-    columns = schema(run.grid, any(parse_method(call).pixels for call in calls))
+    parsed = [parse_method(call) for call in calls]
+    columns = schema(run.grid, any(call.pixels for call in parsed), any(call.method.arrays for call in parsed))
     ids = read_plan(run.path, settings)["id"]
     for shard in sorted(committed(run.path)):
         part = run.path / part_name(shard)
@@ -419,6 +441,8 @@ def verify(path: str | Path) -> dict[str, int]:
                 )
             if values["status"] == "ok" and (raw is None or not np.isfinite(raw).all()):
                 raise RunError(f"{part}: row {values['id']!r} is ok and has no finite map; delete it and resume")
+            if not all(np.isfinite(array).all() for array in values["arrays"].values()):
+                raise RunError(f"{part}: row {values['id']!r} has arrays that are not finite; delete it and resume")
             counts["ok"] += values["status"] == "ok"
         if found != expected:
             raise RunError(

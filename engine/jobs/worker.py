@@ -145,7 +145,9 @@ class Collector:
         self._names = loaded.spec.label_names
         self._grid = plan.settings["grid"]
         self._schema = store.schema(
-            tuple(self._grid) if self._grid else None, any(call.pixels for call in loaded.calls)
+            tuple(self._grid) if self._grid else None,
+            any(call.pixels for call in loaded.calls),
+            any(call.method.arrays for call in loaded.calls),
         )
         self._rows: dict[int, dict[int, list[dict[str, Any]]]] = {}
         self._each = int(plan.settings["rows_per_image"])
@@ -221,6 +223,8 @@ class Collector:
                 values |= {column: packed, "map_scale": scale, "map_offset": offset}
             else:
                 values["map"] = explanation.map.ravel()
+        if explanation is not None and explanation.arrays:
+            values["arrays"] = store.encode_arrays(explanation.arrays)
         return values
 
     def _add(self, row: int, values: list[dict[str, Any]]) -> None:

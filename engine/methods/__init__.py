@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import re
+from collections.abc import Iterable
+
 from ... import InputError
 from ..types import Method, MethodCall, Value, nearest
+from .ablation_ca import ABLATION_CA
 from .cam import CAM
 from .cf_cam import CF_CAM
 from .fg_cam import FG_CAM
@@ -26,7 +30,7 @@ METHODS: dict[str, Method] = {
     for method in (
         SCORE_CAM,
         *SCORE_CAM_KIN,
-        *(CF_CAM, GROUP_CAM, SIDU, RISE, OCCLUSION, LIME, KERNEL_SHAP, CAM),
+        *(CF_CAM, GROUP_CAM, SIDU, RISE, OCCLUSION, LIME, KERNEL_SHAP, ABLATION_CA, CAM),
         *GRADIENT_CAMS,
         FG_CAM,
         *RELEVANCES,
@@ -63,6 +67,33 @@ def parse_method(text: str) -> MethodCall:
         given.add(key)
         values[key] = _value(method, key, value)
     return MethodCall(method, values)
+
+
+RANGE = re.compile(r"([\w-]+) *= *(\d+)\.\.(\d+)(?:\.\.(\d+))?(?=,|$)")
+STEP, MOST = 10, 100
+
+
+def parse_methods(texts: Iterable[str]) -> tuple[MethodCall, ...]:
+    """Calls as `parse_method`'s; a whole number may be a range A..B or A..B..STEP, which stands for a call each.
+
+    Raises:
+        InputError: as for one, or a range that is empty, too long, doubled, or of another kind of number.
+    """
+    calls: list[MethodCall] = []
+    for text in texts:
+        found = RANGE.search(text)
+        if found is None:
+            calls.append(parse_method(text))
+            continue
+        key, first, last, step = found[1], int(found[2]), int(found[3]), int(found[4] or STEP)
+        values = range(first, last + 1, max(step, 1))
+        if not 1 <= len(values) <= MOST or step < 1:
+            raise InputError(f"method {text!r}: {found[0]} stands for no value, or for more than {MOST}")
+        swept = [parse_method(f"{text[: found.start()]}{key}={value}{text[found.end() :]}") for value in values]
+        if type(swept[0].method.parameters[key].default) is not int:
+            raise InputError(f"method {text!r}: {key!r} is not a whole number and has no range")
+        calls += swept
+    return tuple(calls)
 
 
 def _value(method: Method, key: str, text: str) -> Value:

@@ -45,6 +45,7 @@ FEW = {
     "is-cam": "is-cam:steps=2",
     "occlusion": "occlusion:window=40,stride=40",
     "lime": "lime:samples=8,superpixels=slic,segments=4",
+    "ablation-ca": "ablation-ca:samples=16,segments=4",
     "kernel-shap": "kernel-shap:samples=8,segments=4",
 }
 SIGNS = {True: "yes", False: "-"}

@@ -102,6 +102,51 @@ def site(tmp_path, monkeypatch):
 
 
 @pytest.fixture
+def objects(model, photos, tmp_path, quick):
+    """A run of a method with named arrays, swept, and of one without."""
+    methods = ("ablation-ca:segments=4..8..4,samples=32", "cam")
+    job = Job(model=model, inputs=(photos,), out=tmp_path / "objects", methods=methods, targets=("top2",), limit=3)
+    assert jobs.explain(job, "quiet").exit_code == 0
+    return job
+
+
+def test_named_arrays_are_kept_verified_and_made_again_the_same(objects):
+    counts = store.verify(objects.out)
+    assert counts["ok"] == 3 * 3 * 2
+    rows = list(open_run(objects.out).rows())
+    assert [row.method for row in rows[::2]] == 3 * [
+        "ablation-ca:samples=32,segments=4",
+        "ablation-ca:samples=32,segments=8",
+        "cam",
+    ]
+    for row in rows:
+        assert bool(row.arrays) == (row.method != "cam")
+        if row.arrays:
+            count = row.extras["segments"]
+            assert row.arrays["segments"].shape == row.map.shape
+            assert row.arrays["correlation"].shape == (count, count)
+            painted = row.arrays["contribution"][row.arrays["segments"]]
+            np.testing.assert_allclose(row.map, painted, atol=np.ptp(painted) / 1024)
+    (part,) = (objects.out / "data").glob("*.parquet")
+    before = part.read_bytes()
+    part.unlink()
+    assert jobs.explain(objects, "quiet").computed == 1
+    assert part.read_bytes() == before
+
+
+def test_damaged_arrays_are_found(objects):
+    (part,) = (objects.out / "data").glob("*.parquet")
+    table = pq.read_table(part)
+    position = table.column_names.index("arrays")
+    for broken in (b"no arrays", store.encode_arrays({"links": np.array([np.nan])})):
+        column = pa.array([broken, *table["arrays"].to_pylist()[1:]], pa.binary())
+        changed = table.set_column(position, "arrays", column)
+        part.write_bytes(store.parquet_bytes(changed.replace_schema_metadata(table.schema.metadata)))
+        with pytest.raises(RunError, match=r"damaged|not finite"):
+            store.verify(objects.out)
+
+
+@pytest.fixture
 def quick(monkeypatch):
     """Without the process that tries the model first."""
     known = Trial("onnxruntime", "cpu", "fp32", onnxruntime.__version__, 8, True, 5, 1000.0)

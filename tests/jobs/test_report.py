@@ -7,6 +7,7 @@ import json
 import math
 import os
 import re
+from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -19,6 +20,7 @@ from PIL import Image
 from heatmill import InputError
 from heatmill.engine.jobs import plan as plans
 from heatmill.engine.jobs import report, store
+from heatmill.engine.jobs.objects import borders_png, described
 from heatmill.engine.jobs.report import COLORMAPS, DIMMED, SIGNED, display, overlay, overlay_name
 
 SIZE = 8
@@ -570,3 +572,58 @@ def test_maps_of_single_pixels_are_shown_up_to_their_99th_percentile():
     levels, signed = display(np.where(peaked == 0.2, -0.2, peaked))
     assert signed
     assert levels[3, 0] == -1
+
+
+OBJECTS = {
+    "segments": np.array([[0, 0, 1, 1], [0, 0, 1, 1], [2, 2, 2, 2], [2, 2, 2, 3]], np.int32),
+    "contribution": np.array([0.1, -0.4, 0.3, 0.0], np.float32),
+    "correlation": np.array([[0, 0, 0, 0], [0, 0, 0.5, 0], [0, 0.5, 0, -0.25], [0, 0, -0.25, 0]], np.float32),
+    "links": np.array([[1, 2], [2, 3]], np.int32),
+    "group": np.array([-1, 0, 0, 0], np.int32),
+}
+
+
+def test_objects_are_named_by_rank_with_their_links_and_groups():
+    found = described(OBJECTS)
+    assert found["links"] == [[0, 1, 0.5], [1, 3, -0.25]]  # ranks: 1, 2, 0, 3
+    assert found["groups"] == [[0, 1, 3]]
+    for (x, y), part in zip(found["parts"], (1, 2, 0, 3), strict=True):
+        assert OBJECTS["segments"][int(4 * y), int(4 * x)] == part
+    assert described({}) is None
+    with Image.open(io.BytesIO(base64.b64decode(borders_png(OBJECTS["segments"])))) as picture:
+        alpha = np.asarray(picture.convert("RGBA"))[..., 3] > 0
+    expected = np.array([[0, 0, 1, 0], [0, 0, 1, 0], [1, 1, 1, 1], [0, 0, 0, 1]], bool)
+    np.testing.assert_array_equal(alpha, expected)
+
+
+def test_a_card_draws_its_objects_and_a_sweep_is_a_curve(builder, monkeypatch):
+    builder.methods = [f"ablation-ca:segments={number}" for number in (10, 20)] + ["cam"]
+    builder.rows_per_image = 3
+    for identity, greatest in (("a", 0.2), ("b", 0.4)):
+        builder.image(identity)
+        for method in builder.methods:
+            told = {
+                "max_correlation": greatest * (1 + (method[-2:] == "20")),
+                "correlation_error": 0.025,
+                "groups": [[1]],
+            }
+            builder.add(method=method, extras=json.dumps(told) if method != "cam" else "{}")
+    run = builder.open()
+    for method in run.settings["methods"]:
+        method["parameters"] = {"segments": int(method["call"][-2:]), "samples": 9} if method["call"] != "cam" else {}
+    rows = store.Run.rows
+    monkeypatch.setattr(
+        store.Run,
+        "rows",
+        lambda self, **kind: (
+            replace(row, arrays=OBJECTS) if row.method != "cam" else row for row in rows(self, **kind)
+        ),
+    )
+    page = written(run)
+    cards = page.data["cards"]
+    assert [card["objects"] is None for card in cards] == [False, False, True] * 2
+    assert "groups" not in dict(cards[0]["extras"])
+    assert list(page.pictures(0)["borders"]) == ["0", "1"]
+    assert page.data["sweeps"] == [
+        {"call": "ablation-ca samples=9", "points": [[10, 0.3, 0.1, 2], [20, 0.6, 0.1, 2]]},
+    ]

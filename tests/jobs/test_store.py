@@ -23,6 +23,25 @@ SIZE = (8, 6)
 FLOAT32 = np.finfo(np.float32)
 
 
+# --- named arrays -------------------------------------------------------------------------------------------
+
+
+def test_named_arrays_come_back_as_they_were_and_the_same_bytes_each_time():
+    rng = np.random.default_rng(0)
+    given_arrays = {
+        "segments": rng.integers(0, 9, (7, 5)).astype(np.int32),
+        "correlation": rng.normal(size=(9, 9)).astype(np.float32),
+        "links": np.zeros((0, 2), np.int32),
+    }
+    data = store.encode_arrays(given_arrays)
+    assert data == store.encode_arrays(given_arrays)
+    again = store.decode_arrays(data)
+    assert list(again) == list(given_arrays)
+    for name, array in given_arrays.items():
+        assert again[name].dtype == array.dtype
+        np.testing.assert_array_equal(again[name], array)
+
+
 # --- pixel maps ---------------------------------------------------------------------------------------------
 
 
@@ -243,6 +262,7 @@ def test_the_columns_are_the_contract_s():
     assert store.schema(None, True).names == [*contract, "map_scale", "map_offset"]
     assert store.schema(None, True).field("map").type == pa.binary()
     assert store.schema((7, 7), True).names == [*contract, "map_pixels", "map_scale", "map_offset"]
+    assert store.schema(None, True, arrays=True).names == [*contract, "map_scale", "map_offset", "arrays"]
     decoding = {"empty", "truncated", "not_an_image", "unsupported_mode", "too_large", "too_small"}
     others = {"ok", "io_error", "missing", "changed", "nonfinite", "worker_crash"}
     assert set(store.STATUSES) == decoding | others
