@@ -306,7 +306,7 @@ class Engine:
 
     def _key(self, item: Hashable, method: int) -> Array:
         """Philox's key for random numbers of an image and a method."""
-        name = f"{item}/{self.loaded.calls[method].method.name}"
+        name = f"{self._states[item].item.identity}/{self.loaded.calls[method].method.name}"
         digest = int.from_bytes(hashlib.blake2b(name.encode(), digest_size=8).digest(), "little")
         return np.array([self._seed, digest], np.uint64)
 

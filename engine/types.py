@@ -324,12 +324,19 @@ class Item:
     """One image to explain: the network's input for it (no batch axis), its label if known, and how it is cut.
 
     `segments` may hold what methods need of its picture (`Method.superpixels`); what it lacks is made when needed.
+    `name` is what its random numbers depend on, wherever it stands among the others; without one it is the key.
     """
 
     key: Hashable
     image: Array
     label: int | None = None
     segments: Mapping[Segmentation, Array] = field(default_factory=dict)
+    name: str | None = None
+
+    @property
+    def identity(self) -> str:
+        """What random numbers of the image are keyed by."""
+        return str(self.key) if self.name is None else self.name
 
 
 @dataclass(frozen=True, slots=True)

@@ -374,4 +374,4 @@ def _items(
             collector.refuse(row, prepared)
             continue
         collector.prepared[row] = Prepared(None, prepared.width, prepared.height, prepared.crop_box)
-        yield Item(row, prepared.image, image.get("target"), prepared.segments)
+        yield Item(row, prepared.image, image.get("target"), prepared.segments, image["id"])

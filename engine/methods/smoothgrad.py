@@ -26,11 +26,12 @@ from ..types import (
 )
 from .grad_cam import GRADIENT_CAMS
 from .integrated_gradients import INTEGRATED_GRADIENTS, quadrature
-from .lrp import RELEVANCES
+from .lrp import RELEVANCES, kept
 from .saliency import SALIENCIES, one_map
 
 BASES: dict[str, Method] = {method.name: method for method in (*SALIENCIES, *GRADIENT_CAMS, *RELEVANCES)}
 PATH = INTEGRATED_GRADIENTS.name
+SHARED = frozenset(method.name for method in RELEVANCES)  # whose passes say what share arrived
 STEPS = 25  # points of each noisy copy's path
 
 
@@ -67,7 +68,9 @@ def expand(facts: Facts, observation: Observation, parameters: Parameters, share
 
 
 def read(facts: Facts, shown: Observation, row: int, expansion: Expansion, parameters: Parameters) -> Array:
-    """One copy's map; for integrated gradients the copy, which is its point divided by its share, times gradient."""
+    """One copy's map, and behind a relevance map's numbers the share that arrived; for integrated gradients the copy,
+    which is its point divided by its share, times gradient.
+    """
     if parameters["base"] == PATH:
         gradient = shown.returned[0].values[0].astype(np.float64)
         return np.asarray(shown.image * gradient / float(expansion.carry[row]))
@@ -76,12 +79,15 @@ def read(facts: Facts, shown: Observation, row: int, expansion: Expansion, param
     if not isinstance(combined, Combined):
         raise TypeError(f"{method.name} needs more than one pass")
     whole: Array = combined.maps[0]
-    return whole
+    return np.append(whole.ravel(), shown.returned[0].kept[0]) if parameters["base"] in SHARED else whole
 
 
 def combine(
     facts: Facts, observation: Observation, expansion: Expansion, sums: Array, parameters: Parameters
 ) -> Combined:
+    if parameters["base"] in SHARED:
+        maps = sums[:, :-1].reshape(len(sums), *facts.size).astype(np.float32)
+        return Combined(maps, tuple(kept(float(share)) for share in sums[:, -1]))
     path = parameters["base"] == PATH
     maps = one_map(sums, _base(parameters)[1]) if path else sums.astype(np.float32)
     return Combined(maps, tuple({} for _ in maps))

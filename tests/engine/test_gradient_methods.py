@@ -511,6 +511,11 @@ def one_copy(path, base: str, x: np.ndarray, c: int) -> np.ndarray:
     return relevance_map(dense, values, *RELEVANCES[base], c)[0].sum(0)
 
 
+def share_that_arrived(path, base: str, x: np.ndarray, c: int) -> float:
+    dense = Dense(path)
+    return relevance_map(dense, dense.values(x), *RELEVANCES[base], c)[1]
+
+
 @pytest.mark.parametrize("base", [*BASES, "integrated-gradients"])
 def test_smoothgrad_is_the_mean_over_noisy_copies(make_model, base):
     path = make_model(size=SMALL, head="Dense", seed=2)
@@ -523,6 +528,10 @@ def test_smoothgrad_is_the_mean_over_noisy_copies(make_model, base):
             copies = [noisy(x, i, draw, 0.1, 7) for draw in range(samples)]
             near(result.maps[i, k], sum(one_copy(path, base, copy, c) for copy in copies) / samples, 5e-4)
             assert result.extras[i][k]["samples"] == samples
+            if base in RELEVANCES:
+                shares = [share_that_arrived(path, base, copy, c) for copy in copies]
+                assert result.extras[i][k]["kept"] == pytest.approx(np.mean(shares), rel=2e-3, abs=2e-5)
+            assert ("kept" in result.extras[i][k]) == (base in RELEVANCES)
     assert result.finish == METHODS[base].finish(parse_method(base).parameters)
 
 
