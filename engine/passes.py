@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -9,7 +10,7 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 
 from .. import InputError, ModelError
-from ..models.graph.backward import CLASSES, START, TARGETS, Built, Outputs, build
+from ..models.graph.backward import CLASSES, START, TARGETS, Built, Outputs, build, same_pass
 from ..models.graph.canonize import Graph, canonize
 from ..models.graph.composites import COMPOSITES
 from ..models.graph.request import Request
@@ -18,7 +19,7 @@ from .backends import Profile, Session, open_session
 from .opening import Loaded
 from .types import Array, MethodCall, Returned, Target
 
-IMAGE_BATCH = 8  # ways back to the image at once: rows, times targets, times methods that differ
+BUDGET = 5 << 29  # bytes of the values on a way back that are held at once: for 8 images of LRP on ResNet-50
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,15 +106,15 @@ def open_passes(
     targets: Sequence[Target],
     batch_size: int,
     threads: int | None = None,
-    image_batch: int = IMAGE_BATCH,
+    budget: int = BUDGET,
 ) -> Passes:
     """Make and open what the run's methods need for these targets; nothing where none needs a backward pass.
 
     They run on the session's own backend and provider, in fp32 whatever its precision.
 
     Args:
-        batch_size: rows per call.
-        image_batch: at most so many ways back beyond the layer at once; each keeps the values on it.
+        batch_size: rows per call, at most: as many as `budget` allows.
+        budget: bytes that may be held of the values on the way, by `row_bytes`.
 
     Raises:
         InputError: an operator of the model has no rule.
@@ -123,12 +124,31 @@ def open_passes(
     taken = requests_of(loaded, loaded.calls, "through")
     if not observed and not taken:
         return Passes()
-    opener = _Opener(loaded, session, batch_size, threads, image_batch)
+    opener = _Opener(loaded, session, batch_size, threads, budget)
     ranks = max((max(target.count, 1) for target in targets if target.kind in ("predicted", "top")), default=0)
     count = sum(target.count for target in targets)
     keep = [loaded.tap] if loaded.tap else []
     observe = opener.open(observed, count, ranks, keep) if observed else None
     return Passes(observe, {request: opener.open((request,), 1, 0, keep) for request in taken})
+
+
+def row_bytes(graph: Graph, requests: Sequence[Request], targets: int) -> int:
+    """About how many bytes an image needs on the way back: every value behind the shallowest end is held, and each way
+    of each target has values of its own beside them, relevance about twice as many as a gradient.
+    """
+    whole = {request: _bytes_behind(graph, request.at or graph.image) for request in requests}
+    ways: dict[tuple[str, ...], int] = {}
+    for request, size in whole.items():
+        key = same_pass(request)
+        ways[key] = max(ways.get(key, 0), (2 if request.kind == "relevance" else 1) * size)
+    return max(whole.values(), default=0) + targets * sum(ways.values())
+
+
+def _bytes_behind(graph: Graph, end: str) -> int:
+    """The size of one row of all values that depend on `end`."""
+    behind = graph.dependents([end]) & graph.shapes.keys()
+    counts = (math.prod(size or 1 for size in graph.shapes[name]) for name in behind)
+    return sum(counts) * np.dtype(graph.dtype).itemsize
 
 
 def row_seconds(passes: Passes, batch: Array) -> tuple[float, float]:
@@ -156,11 +176,9 @@ def requests_of(loaded: Loaded, calls: Iterable[MethodCall], kind: str) -> tuple
 
 
 class _Opener:
-    def __init__(
-        self, loaded: Loaded, session: Session, batch_size: int, threads: int | None, image_batch: int
-    ) -> None:
+    def __init__(self, loaded: Loaded, session: Session, batch_size: int, threads: int | None, budget: int) -> None:
         self._loaded, self._session, self._threads = loaded, session, threads
-        self._image_batch = image_batch
+        self._budget = budget
         self._batch_size = batch_size
         self._static = batch_size if batch_size in (1, loaded.model.input.batch) else None
         self._graphs: dict[tuple[bool, tuple[str, ...]], Graph] = {}
@@ -172,9 +190,8 @@ class _Opener:
         graph = canonical(loaded, requests, names, self._static, self._graphs)
         built = build_for(loaded, graph, requests, targets, ranks, names)
         size = self._batch_size
-        ways = targets * sum(end is None or end != loaded.tap for end in ends.values())
-        if ways and self._static is None:
-            size = max(1, min(size, self._image_batch // ways))
+        if self._static is None:
+            size = max(1, min(size, self._budget // max(1, row_bytes(graph, requests, targets))))
         data = built.proto.SerializeToString()
         outputs = dict(zip(requests, built.outputs, strict=True))
         del built

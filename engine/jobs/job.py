@@ -145,6 +145,7 @@ def _probe(
         precision=job.precision,
         batch_size=job.batch_size,
         rows=(1 + passes) * source.table.num_rows,
+        targets=targets,
         deadline=deadline or DEADLINE,
     )
     _check_classes(source, targets, loaded.spec.label_names, probed.classes)

@@ -32,6 +32,7 @@ def probe(
     precision: str = "auto",
     batch_size: int | None = None,
     rows: int = 0,
+    targets: tuple[Target, ...] = (Target("predicted"),),
     deadline: float = DEADLINE,
     memory: int | None = None,
 ) -> Trial:
@@ -40,6 +41,7 @@ def probe(
     Args:
         arguments: of `opening.load`.
         batch_size: rows per call; None measures which is best, where `rows` (the work planned) is worth it.
+        targets: the run's, which backward graphs are made for.
         deadline: seconds until the child is killed.
         memory: bytes the child may map on top of what it starts with; None is what the machine has.
 
@@ -49,7 +51,7 @@ def probe(
     context = multiprocessing.get_context("spawn")
     ours, theirs = context.Pipe(duplex=False)
     limit = memory or psutil.virtual_memory().total
-    options = (dict(arguments), backend, provider, precision, batch_size, rows)
+    options = (dict(arguments), targets, backend, provider, precision, batch_size, rows)
     child = context.Process(target=_child, args=(theirs, limit, options), daemon=True)
     with shielded():
         child.start()
@@ -79,8 +81,8 @@ def _child(answers: Connection, memory: int, options: tuple[Any, ...]) -> None:
     name = str(options[0]["model"])
     answer: Trial | Exception
     try:
-        arguments, *how = options
-        answer = _tried(load(**arguments), how)
+        arguments, targets, *how = options
+        answer = _tried(load(**arguments), targets, how)
     except HeatmillError as err:
         answer = err
     except Exception as err:
@@ -91,12 +93,12 @@ def _child(answers: Connection, memory: int, options: tuple[Any, ...]) -> None:
     answers.send_bytes(pickle.dumps(answer))
 
 
-def _tried(loaded: Loaded, how: Sequence[Any]) -> Trial:
+def _tried(loaded: Loaded, targets: Sequence[Target], how: Sequence[Any]) -> Trial:
     """The trial, and where methods follow scores back, what that takes."""
     trial, session = try_model(loaded, *how)
     if not loaded.needs_weights:
         return trial
-    passes = open_passes(loaded, session, [Target("predicted")], trial.batch_size)
+    passes = open_passes(loaded, session, targets, trial.batch_size)
     loaded.release()
     observe, through = row_seconds(passes, blank_batch(loaded, trial.batch_size))
     return replace(trial, observe_seconds=observe, through_seconds=through)

@@ -120,6 +120,10 @@ def refuses_here(facts: Facts, parameters: Parameters) -> str | None:
     asked, names = str(parameters["to"]), [tap.name for tap in facts.layers]
     if asked not in ("auto", "image", *names):
         return f"to={asked} is no feature map of the model; {nearest(asked, ['image', *names])}"
+    if parameters["bn"] == "paper" and "BatchNormalization" not in facts.operators:
+        return (
+            "bn=paper passes over batch normalisation, and the file's is folded into its weights; leave it at bn=fold"
+        )
     return refuses(facts, parameters)
 
 

@@ -15,6 +15,8 @@ from ...models.graph.request import Request
 from ..types import Array, Combined, Expansion, Facts, Method, Observation, Parameter, Parameters, always
 from .one_pass import expand, refuses
 
+Combine = Callable[[Facts, Observation, Expansion, Array, Parameters], Combined]
+
 LEAST_KEPT = 0.01
 COMPOSITES = (
     "epsilon",
@@ -57,16 +59,23 @@ def combine(
     return Combined(maps, tuple(kept(float(share)) for share in returned.kept))
 
 
-def combine_positive(
-    facts: Facts, observation: Observation, expansion: Expansion, scores: Array, parameters: Parameters
-) -> Combined:
-    """As `combine`; a score that is not positive has nothing to decompose, and its map is zero."""
-    combined = combine(facts, observation, expansion, scores, parameters)
-    positive = observation.raw[observation.targets] > 0
-    maps = np.where(positive[:, None, None], combined.maps, np.float32(0))
-    reason = {"reason": "the target's raw score is not positive: there is nothing to decompose"}
-    extras = tuple(told if yes else {**told, **reason} for told, yes in zip(combined.extras, positive, strict=True))
-    return Combined(maps, extras)
+def where_score(holds: Callable[[Array, float], Array], word: str) -> Combine:
+    """As `combine`; a raw score that is not so has nothing to divide, and its map is zero."""
+
+    def combine_some(
+        facts: Facts, observation: Observation, expansion: Expansion, scores: Array, parameters: Parameters
+    ) -> Combined:
+        combined = combine(facts, observation, expansion, scores, parameters)
+        divided = holds(observation.raw[observation.targets], 0.0)
+        maps = np.where(divided[:, None, None], combined.maps, np.float32(0))
+        nothing = {"reason": f"the target's raw score is {word}: there is nothing to divide"}
+        extras = (
+            told if yes else {"kept": told["kept"], **nothing}
+            for told, yes in zip(combined.extras, divided, strict=True)
+        )
+        return Combined(maps, tuple(extras))
+
+    return combine_some
 
 
 def refuses_sigmoid(facts: Facts, parameters: Parameters) -> str | None:
@@ -81,7 +90,7 @@ def _method(
     citation: str,
     ask: Callable[[Facts, Parameters], tuple[Request, ...]],
     parameters: dict[str, Parameter],
-    combining: Callable[[Facts, Observation, Expansion, Array, Parameters], Combined] = combine,
+    combining: Combine = combine,
     refusing: Callable[[Facts, Parameters], str | None] = refuses,
 ) -> Method:
     return Method(
@@ -107,6 +116,7 @@ RELEVANCES = (
         "Bach et al., On Pixel-Wise Explanations by Layer-Wise Relevance Propagation, PLOS ONE 2015",
         relevance_request("epsilon-plus", "logit"),
         {"composite": Parameter("epsilon-plus", "which rule for which layers", COMPOSITES)},
+        where_score(np.not_equal, "0"),
     ),
     _method(
         "clrp",
@@ -135,6 +145,6 @@ RELEVANCES = (
         "Montavon et al., Explaining Nonlinear Classification Decisions with Deep Taylor Decomposition, 2017",
         relevance_request("deep-taylor", "logit"),
         {},
-        combine_positive,
+        where_score(np.greater, "not positive"),
     ),
 )

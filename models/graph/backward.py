@@ -198,7 +198,7 @@ def build(
     classes = _classes(graph, emit, targets, ranks)
     passes: dict[tuple[str, ...], list[str]] = {}
     for request in requests:
-        passes.setdefault(_same_pass(request), []).append(request.at or graph.image)
+        passes.setdefault(same_pass(request), []).append(request.at or graph.image)
     walks = {key: Walk(graph, emit, list(dict.fromkeys(ends)), portable, bounds) for key, ends in passes.items()}
     columns = [emit.op("Slice", classes, [k], [k + 1], [1]) for k in range(targets)]
     done = {key: [_send(walk, key, column) for column in columns] for key, walk in walks.items()}
@@ -206,20 +206,20 @@ def build(
     for number, request in enumerate(requests):
         end = request.at or graph.image
         values, kept = [], []
-        for k, arrived in enumerate(done[_same_pass(request)]):
+        for k, arrived in enumerate(done[same_pass(request)]):
             result, share = arrived[end]
             if share is not None:
                 kept.append(emit.named(f"{PREFIX}{number}/{k}/kept", share))
             if request.times_input:
                 result = emit.op("Mul", end, result)
             values.append(emit.named(f"{PREFIX}{number}/{k}", result))
-        outputs.append(Outputs(tuple(values), tuple(kept), walks[_same_pass(request)].told(end)))
+        outputs.append(Outputs(tuple(values), tuple(kept), walks[same_pass(request)].told(end)))
     emit.named(CLASSES, classes)
     names = [graph.scores, *keep, *(name for output in outputs for name in (*output.values, *output.kept)), CLASSES]
     return Built(_assembled(graph, emit, requests, outputs, targets, names), tuple(outputs))
 
 
-def _same_pass(request: Request) -> tuple[str, ...]:
+def same_pass(request: Request) -> tuple[str, ...]:
     """Requests that are alike in this are read off one reverse walk."""
     return (request.kind, request.composite, request.start, request.start_at)
 

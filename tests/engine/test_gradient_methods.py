@@ -25,6 +25,7 @@ from heatmill.engine.opening import load, open_best
 from heatmill.engine.passes import Passes, open_passes
 from heatmill.engine.types import Explanation, Item, Target, parse_targets
 from heatmill.kernels import reference
+from tests.engine import test_perturbation_methods
 
 SIZE, SMALL = (17, 13), (9, 9)
 STEP = 1e-6  # of the central differences
@@ -888,10 +889,11 @@ def test_relevance_is_divided_as_over_dense_matrices(make_model, body, head, see
                 found, share = relevance_map(net, values, *RELEVANCES[method], c, end)
                 extras = results[text].extras[i][k]
                 assert extras["kept"] == pytest.approx(share, rel=2e-3, abs=2e-5), text
-                assert ("warning" in extras) == (abs(extras["kept"]) < 0.01)
-                if method == "deep-taylor" and values["logits"][c] <= 0:
+                undivided = method == "deep-taylor" and values["logits"][c] <= 0
+                assert ("warning" in extras) == (abs(extras["kept"]) < 0.01 and not undivided)
+                if undivided:
                     assert not results[text].maps[i, k].any()
-                    assert extras["reason"].endswith("is not positive: there is nothing to decompose")
+                    assert extras["reason"].endswith("is not positive: there is nothing to divide")
                 else:
                     near(results[text].maps[i, k], found.sum(0), 2e-3 if "sglrp" in text else 5e-4, text)
     for (_, end), text in calls.items():
@@ -937,8 +939,30 @@ def test_deep_taylor_decomposes_only_what_is_positive(make_model):
     np.testing.assert_array_equal(result.maps.any(axis=(2, 3)), logits > 0)
     assert result.maps.min() >= -1e-6 * result.maps.max()
     for row, scores in zip(result.extras, logits, strict=True):
-        told = [extras.get("reason", "").endswith("there is nothing to decompose") for extras in row]
+        told = [extras.get("reason", "").endswith("there is nothing to divide") for extras in row]
         assert told == [score <= 0 for score in scores]
+
+
+def test_a_score_of_zero_has_nothing_to_divide(make_model):
+    """The class's own row of weights is zero: no warning of lost relevance, which none was."""
+    path, images = make_model(size=SIZE), pictures(2)
+    model = onnx.load(path)
+    for tensor in model.graph.initializer:
+        if tensor.name in ("w3", "b3"):
+            values = numpy_helper.to_array(tensor).copy()
+            values[1] = 0
+            tensor.CopyFrom(numpy_helper.from_array(values, tensor.name))
+    onnx.save(model, path)
+    for method in ("lrp", "lrp:at=layer"):
+        result = Explainer(path, method=method).explain(images, targets=[1, 2])
+        for row in range(2):
+            nothing, something = result.extras[row]
+            assert nothing["reason"] == "the target's raw score is 0: there is nothing to divide"
+            assert "warning" not in nothing
+            assert not result.maps[row, 0].any()
+            assert "reason" not in something
+    contrast = Explainer(path, method="clrp").explain(images, targets=[1])
+    assert contrast.maps.any(axis=(2, 3)).all()
 
 
 def test_relevance_that_is_lost_is_told(make_model):
@@ -1144,6 +1168,8 @@ def test_fg_cam_refuses_a_layer_that_is_not_there(make_model):
     for to, told in (("feature", "features"), ("imaeg", "image")):
         with pytest.raises(InputError, match=f"to={to} is no feature map of the model; nearest: {told}"):
             Explainer(path, method=f"fg-cam:to={to}")
+    with pytest.raises(InputError, match="bn=paper passes over batch normalisation, and the file's is folded"):
+        Explainer(path, method="fg-cam:bn=paper")
 
 
 # ----- completeness of this file -----
@@ -1153,7 +1179,7 @@ def test_every_method_is_compared_with_a_literal_reading():
     here = {text.partition(":")[0] for table in (CAMS, OF_THE_IMAGE, RELEVANCES) for text in table}
     functions = {"group-cam": group_cam, "cf-cam": cf_cam, "fg-cam": fg_cam, "guided-backprop": guided}
     averaged = {"integrated-gradients": on_the_path, "smoothgrad": one_copy}
-    elsewhere = {"score-cam", "rise", "cam"}  # test_methods.py
+    elsewhere = {"score-cam", "rise", "cam", "ablation-ca"} | test_perturbation_methods.COMPARED
     assert set(METHODS) == here | functions.keys() | averaged.keys() | elsewhere
     variants = {f"grad-cam++:variant={choice}" for choice in METHODS["grad-cam++"].parameters["variant"].choices}
     assert variants - {"grad-cam++:variant=paper"} <= CAMS.keys()

@@ -19,7 +19,7 @@ from heatmill.engine.jobs import report, store
 from heatmill.engine.jobs.plan import Job
 from heatmill.engine.methods import METHODS
 from heatmill.engine.opening import load, open_best
-from heatmill.engine.passes import IMAGE_BATCH, open_passes
+from heatmill.engine.passes import open_passes
 from heatmill.engine.trial import Trial
 from heatmill.engine.types import Item, Target
 from tests.graphs import with_a_batch_that_stays, without_scores_in_the_dark
@@ -217,13 +217,29 @@ def test_a_fixed_batch_that_can_not_be_opened_is_followed_back_at_its_size(make_
         assert_equal(hard.explain(images).maps, Explainer(plain, method=method).explain(images).maps)
 
 
-def test_passes_back_to_the_image_are_in_small_batches(make_model):
-    path, images = make_model(size=SIZE, head="Dense"), pictures(12)
-    loaded = load(path, ["saliency", "grad-cam", "smoothgrad:samples=3"])
+@pytest.mark.parametrize("method", ["saliency", "layer-cam", "lrp", "fg-cam:to=image", "smoothgrad:samples=3"])
+def test_ways_back_are_in_batches_that_the_budget_holds(make_model, method):
+    """Whatever layer they end at; the way to the last layer holds next to nothing."""
+    path = make_model(size=SIZE, head="Dense")
+    first, last = (open_sizes(load(path, [method], layer=layer), budget=200_000) for layer in ("r1", None))
+    assert first[0] < 32
+    ends_at_the_layer = method == "layer-cam"
+    assert (last[0] == 32) == ends_at_the_layer
+    assert open_sizes(load(path, [method], layer="r1"), budget=1) == [1]
+    more = open_sizes(load(path, [method], layer="r1"), budget=200_000, targets=(Target("top", 5),))
+    assert more[0] == first[0] if method in ("fg-cam:to=image", "smoothgrad:samples=3") else more[0] < first[0]
+
+
+def open_sizes(loaded, budget: int, targets: tuple[Target, ...] = (Target("predicted"),)) -> list[int]:
+    """Rows of the graph that its ways back to the image or the layer go through."""
     session = open_best(loaded, batch_size=32)
-    passes = open_passes(loaded, session, [Target("predicted")], 32)
-    assert passes.observe.batch_size == IMAGE_BATCH
-    assert [taken.batch_size for taken in passes.through.values()] == [IMAGE_BATCH]
+    passes = open_passes(loaded, session, targets, 32, budget=budget)
+    through = [taken.batch_size for taken in passes.through.values()]
+    return through or [passes.observe.batch_size]
+
+
+def test_rows_through_a_graph_are_all_run(make_model):
+    path, images = make_model(size=SIZE, head="Dense"), pictures(12)
     found, engine = streamed(path, ["smoothgrad:samples=3"], images, [Target("predicted")], 32)
     assert len(found["smoothgrad:samples=3"]) == 12
     assert engine.stages.rows == 12 + 36

@@ -11,6 +11,7 @@ import pytest
 from onnx import TensorProto, helper, numpy_helper
 
 from heatmill import Explainer, InputError
+from heatmill.engine.jobs import probe as probing
 from heatmill.engine.jobs.plan import image_seconds
 from heatmill.engine.jobs.probe import probe
 from heatmill.engine.opening import blank_batch, load, open_best
@@ -134,16 +135,20 @@ def test_equal_requests_of_several_methods_are_one(make_model):
     assert len(requests_of(loaded, loaded.calls, "through")) == 1
     session, targets = open_best(loaded, batch_size=4), [Target("top", 2), Target("class", 1)]
     passes = open_passes(loaded, session, targets, 4)
+    assert passes.observe.batch_size == 4
     assert (passes.observe.targets, len(passes.observe.requests), len(passes.through)) == (3, 2, 1)
     assert [taken.targets for taken in passes.through.values()] == [1]
-    assert passes.observe.batch_size == 2, "ways to the image: three targets of one method"
     observe, through = row_seconds(passes, blank_batch(loaded, 4))
     assert observe > 0
     assert through > 0
 
 
-def test_a_run_is_planned_by_what_its_backward_passes_take(make_model):
+def test_a_run_is_planned_by_what_its_backward_passes_take(make_model, monkeypatch):
     path = make_model(head="Tanh")
+    loaded, opened = load(path, ["saliency"]), []
+    monkeypatch.setattr(probing, "open_passes", lambda *given: opened.append(given) or open_passes(*given))
+    probing._tried(loaded, [Target("top", 3)], ["auto", None, "auto", 4])
+    assert opened[0][2] == [Target("top", 3)], "the run's own targets are tried"
     probed = probe({"model": str(path), "methods": ("grad-cam", "integrated-gradients:steps=9")})
     assert probed.observe_seconds > 0
     assert probed.through_seconds > 0
