@@ -300,13 +300,15 @@ class Engine:
 
     def _noisy(self, key: tuple[Hashable, int], image: Array, draw: int, share: float) -> Array:
         """The image plus a draw of Gaussian noise that depends on the seed, the image, the method and its number."""
-        generator = np.random.Generator(np.random.Philox(key=self._key(*key), counter=[0, 0, 0, draw]))
+        generator = np.random.Generator(
+            np.random.Philox(key=self._key(self._states[key[0]].item.identity, key[1]), counter=[0, 0, 0, draw])
+        )
         deviation = share * (float(image.max()) - float(image.min()))
         return np.asarray(image + deviation * generator.standard_normal(image.shape, dtype=np.float32))
 
-    def _key(self, item: Hashable, method: int) -> Array:
+    def _key(self, identity: str, method: int) -> Array:
         """Philox's key for random numbers of an image and a method."""
-        name = f"{self._states[item].item.identity}/{self.loaded.calls[method].method.name}"
+        name = f"{identity}/{self.loaded.calls[method].method.name}"
         digest = int.from_bytes(hashlib.blake2b(name.encode(), digest_size=8).digest(), "little")
         return np.array([self._seed, digest], np.uint64)
 
@@ -333,7 +335,7 @@ class Engine:
             )
             image = self._channels_first(state.item.image)
             segments = self._segments(state, call.method.superpixels(call.parameters))
-            key = self._key(run.key, method)
+            key = self._key(state.item.identity, method)
             observation = Observation(image, raw, classes, features, returned, segments, key)
             state.observations[method] = observation
             if not all(np.isfinite(found.values).all() for found in returned):

@@ -121,9 +121,7 @@ def refuses_here(facts: Facts, parameters: Parameters) -> str | None:
     if asked not in ("auto", "image", *names):
         return f"to={asked} is no feature map of the model; {nearest(asked, ['image', *names])}"
     if parameters["bn"] == "paper" and "BatchNormalization" not in facts.operators:
-        return (
-            "bn=paper passes over batch normalisation, and the file's is folded into its weights; leave it at bn=fold"
-        )
+        return "bn=paper passes over batch normalisation, and the file's is folded into its weights: leave bn=fold"
     return refuses(facts, parameters)
 
 

@@ -269,47 +269,48 @@ def test_the_shortcut_of_a_linear_head_gives_what_the_graph_gives(make_model):
 # ----- Group-CAM -----
 
 
-def group_cam(net: Network, x: np.ndarray, c: int, groups: int) -> np.ndarray:
+def group_cam(net: Network, x: np.ndarray, c: int, groups: int, variant: str = "paper") -> np.ndarray:
     """Neighbouring maps weighed and summed; what each group shows over the blurred image weighs it."""
     A = net.at("features", x)
     G = net.slopes(A, "features")[c]
     blurred = reference.blur(x.astype(np.float64), 51, 50.0)
     base = net.posterior(blurred)[c]
-    groups = min(groups, len(A))
+    count = -(-len(A) // groups)  # as torch.chunk: each group has as many but the last
     total = np.zeros(x.shape[1:])
-    first = 0
-    for g in range(groups):
-        count = len(A) // groups + (g < len(A) % groups)
+    for first in range(0, len(A), count):
         whole = np.zeros(A.shape[1:])
-        for k in range(first, first + count):
+        for k in range(first, min(first + count, len(A))):
             whole += G[k].mean() * A[k]
-        first += count
         whole = np.maximum(whole, 0)
+        if variant == "official":
+            whole[whole <= np.percentile(whole, 70)] = 0
         if np.ptp(whole) > 0:
             shown = up(whole)
             mask = scale(shown)
-            total += max(net.posterior(x * mask + blurred * (1 - mask))[c] - base, 0) * shown
+            risen = net.posterior(x * mask + blurred * (1 - mask))[c] - base
+            total += risen * mask if variant == "official" else max(risen, 0) * shown
     return total
 
 
+@pytest.mark.parametrize("variant", METHODS["group-cam"].parameters["variant"].choices)
 @pytest.mark.parametrize(("head", "groups"), [("Gemm", 32), ("Dense", 5), ("Dense", 12), ("Gemm", 1)])
-def test_group_cam_is_the_literal_loop(make_model, head, groups):
+def test_group_cam_is_the_literal_loop(make_model, head, groups, variant):
     path = make_model(size=SIZE, head=head, seed=5)
     net, images = Network(path), pictures(2, seed=5)
-    explainer = Explainer(path, method=f"group-cam:groups={groups}", batch_size=5)
+    explainer = Explainer(path, method=f"group-cam:groups={groups},variant={variant}", batch_size=5)
     targets = ["predicted", 1, 3]
     result = explainer.explain(images, targets=targets)
     drawn = 0
     for i, x in enumerate(images):
         for k, c in enumerate(result.targets[i]):
-            literal = group_cam(net, x, c, groups)
+            literal = group_cam(net, x, c, groups, variant)
             np.testing.assert_allclose(result.upsampled()[i, k], literal, rtol=0, atol=1e-5 * max(literal.max(), 1))
             if literal.max() > 1e-3:
                 drawn += 1
-                np.testing.assert_allclose(result.saliency()[i, k], scale(literal), atol=1e-3)
+                np.testing.assert_allclose(result.saliency()[i, k], scale(np.maximum(literal, 0)), atol=1e-3)
     assert drawn >= 2
     extras = result.extras[0][0]
-    assert extras["groups"] == min(groups, 12)
+    assert extras["groups"] == {32: 12, 12: 12, 5: 4, 1: 1}[groups], "5 groups of 12: four of three each"
     assert extras["passes"] <= 1 + 3 * extras["groups"]
 
 

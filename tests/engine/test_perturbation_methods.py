@@ -47,7 +47,7 @@ def asked_of(explainer: Explainer, image: np.ndarray, position: int = 0) -> tupl
     from heatmill.engine.explainer import Engine
     from heatmill.engine.types import Target
 
-    key = Engine(explainer._loaded, explainer._session, [Target("predicted")], 1)._key(position, 0)
+    key = Engine(explainer._loaded, explainer._session, [Target("predicted")], 1)._key(str(position), 0)
     return Observation(image, np.zeros(0), np.zeros(0), None, segments=segments, key=key), key
 
 
