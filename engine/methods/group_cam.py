@@ -46,8 +46,9 @@ def _variant(parameters: Parameters) -> Variant:
 
 
 def grouped(weighed: Array, groups: int) -> Array:
-    """Positive sums (k, g, h, w) over neighbours among the channels of (k, c, h, w); at most `groups`, all but the last of
-    equally many channels.
+    """Positive sums (k, g, h, w) over neighbouring channels of (k, c, h, w).
+
+    There are at most `groups`, and all but the last have equally many channels.
     """
     step = math.ceil(weighed.shape[1] / groups)
     return np.maximum(np.add.reduceat(weighed, np.arange(0, weighed.shape[1], step), axis=1), 0)
