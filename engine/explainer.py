@@ -157,6 +157,8 @@ class Engine:
         used = [(self.passes.observe, request) for request in call.method.backward(facts, values)]
         used += [(self.passes.through.get(request), request) for request in call.method.through(facts, values)]
         notes = dict.fromkeys(note for taken, request in used if taken for note in taken.requests[request].notes)
+        others = {taken.session.provider for taken, _ in used if taken} - {self.session.provider}
+        notes |= dict.fromkeys(f"the way back ran on provider {name}" for name in sorted(others))
         return {"note": "; ".join(notes)} if notes else {}
 
     def stream(self, items: Iterable[Item]) -> Iterator[Explanation]:

@@ -19,6 +19,8 @@ from .backends import Profile, Session, open_session
 from .opening import Loaded
 from .types import Array, MethodCall, Returned, Target
 
+# OpenVINO 2026.4 takes one layout of a square weight for the other where a graph reads it both ways.
+FORWARD_ONLY = {"openvino": "cpu"}
 BUDGET = 5 << 29  # bytes of the values on a way back that are held at once: for 8 images of LRP on ResNet-50
 
 
@@ -110,7 +112,8 @@ def open_passes(
 ) -> Passes:
     """Make and open what the run's methods need for these targets; nothing where none needs a backward pass.
 
-    They run on the session's own backend and provider, in fp32 whatever its precision.
+    They run on the session's own backend, in fp32 whatever its precision, and on its provider unless that is known to
+    get them wrong.
 
     Args:
         batch_size: rows per call, at most: as many as `budget` allows.
@@ -195,7 +198,8 @@ class _Opener:
         data = built.proto.SerializeToString()
         outputs = dict(zip(requests, built.outputs, strict=True))
         del built
-        profile = Profile(size, "fp32", self._session.provider, self._threads, lean=True)
+        provider = FORWARD_ONLY.get(self._session.provider, self._session.provider)
+        profile = Profile(size, "fp32", provider, self._threads, lean=True)
         session = open_session(self._session.backend, data, profile)
         tap = keep[0] if keep else None
         last = graph.shape(graph.image)[1:] == (*loaded.facts.size, loaded.spec.input_size[0])

@@ -11,13 +11,14 @@ import pytest
 from onnx import TensorProto, helper, numpy_helper
 
 from heatmill import Explainer, InputError
+from heatmill.engine.explainer import Engine
 from heatmill.engine.jobs import probe as probing
 from heatmill.engine.jobs.plan import image_seconds
 from heatmill.engine.jobs.probe import probe
 from heatmill.engine.opening import blank_batch, load, open_best
 from heatmill.engine.passes import check_backward, open_passes, requests_of, row_seconds
 from heatmill.engine.trial import Trial
-from heatmill.engine.types import Target
+from heatmill.engine.types import Item, Target
 from tests import architectures as made
 
 SPEC = {"mean": [0.5] * 3, "std": [0.25] * 3, "output": "logits"}
@@ -162,6 +163,19 @@ def test_a_run_is_planned_by_what_its_backward_passes_take(make_model, monkeypat
     assert seconds("rise:masks=20", one) == seconds("rise:masks=20", three) == pytest.approx(0.5 + 20 / 10)
     assert seconds("group-cam:groups=4", three) == pytest.approx(0.5 + 3 * 5 / 10), "masks that depend on the class"
     assert seconds("integrated-gradients:steps=9", three) == pytest.approx(0.5 + 3 * 10 * 2.0)
+
+
+def test_ways_back_do_not_run_where_they_would_be_wrong(make_model):
+    """On OpenVINO the network's rows, not its ways back; the row says where these ran."""
+    loaded, targets = load(make_model(head="Tanh"), ["saliency", "score-cam"]), [Target("predicted")]
+    session = open_best(loaded, batch_size=4)
+    session.provider = "openvino"
+    passes = open_passes(loaded, session, targets, 4)
+    assert passes.observe.session.provider == "cpu"
+    engine = Engine(loaded, session, targets, 4, passes=passes)
+    back, forward = engine.stream([Item(0, images(1)[0])])
+    assert back.extras["note"] == "the way back ran on provider cpu"
+    assert "note" not in forward.extras
 
 
 def test_infinite_slopes_do_not_pass_units_that_are_off(make_model):
