@@ -20,7 +20,7 @@ from ..models.superpixels import Segmentation, cut
 from .backends import Session, first_line
 from .opening import Loaded, blank_batch, load
 from .passes import Passed, Passes, open_passes
-from .schedule import NETWORK, OBSERVE, Batch, Run, Scheduler
+from .schedule import HEAD, NETWORK, OBSERVE, Batch, Run, Scheduler
 from .trial import try_model
 from .types import (
     SEGMENT_MEAN,
@@ -35,6 +35,7 @@ from .types import (
     PathBank,
     Returned,
     SegmentBank,
+    TapBank,
     Target,
     WindowBank,
     parse_targets,
@@ -145,10 +146,15 @@ class Engine:
         self._notes = [self._told(call) for call in calls]
         self._expected = sum(call.method.passes(facts, call.parameters) for call in calls)
         self._lanes: dict[Hashable, int] = {request: taken.batch_size for request, taken in self.passes.through.items()}
+        if self.passes.head:
+            self._lanes[HEAD] = self.passes.head.batch_size
         if self._lanes or self.passes.observe:
             self._lanes[OBSERVE] = self.passes.observe.batch_size if self.passes.observe else batch_size
         self._buffer = blank_batch(loaded, max([batch_size, *self._lanes.values()]))
         self._masks = np.empty((len(self._buffer), *facts.size), dtype=np.float32)
+        head = self.passes.head
+        taps = (head.batch_size, head.tap.channels, *head.tap.grid) if head else (0,)
+        self._taps = np.zeros(taps, dtype=np.float32)
         self._states: dict[Hashable, _State] = {}
 
     def _told(self, call: MethodCall) -> dict[str, str]:
@@ -200,7 +206,7 @@ class Engine:
         for run in batch.runs:
             if run.observe:
                 finished += self._observe(scheduler, run, passed)
-            elif batch.lane == NETWORK:
+            elif batch.lane in (NETWORK, HEAD):
                 finished += self._score(scheduler, run, passed.raw[run.slots])
             else:
                 finished += self._sum(scheduler, run, passed)
@@ -225,6 +231,10 @@ class Engine:
             outputs = self.session.run({self.loaded.model.input.name: self._buffer[:size]}, names)
             features = tap.to_nchw(outputs[1]) if tap else None
             return Passed(outputs[0].reshape(size, -1), np.empty((size, 0), np.int64), features, {})
+        head = self.passes.head
+        if batch.lane == HEAD and head is not None:
+            size = rows if self._flexible and head.session.flexible else batch.size
+            return Passed(head.run(self._taps[:size]), np.empty((size, 0), np.int64), None, {})
         chosen = self.passes.observe if batch.lane == OBSERVE else self.passes.through[batch.lane]  # type: ignore[index]
         if chosen is None:
             raise RuntimeError(f"no graph for lane {batch.lane!r}")
@@ -268,6 +278,10 @@ class Engine:
         bank, rows = expansion.bank, slice(run.start, run.stop)
         if bank is None:
             place[:] = image
+            return
+        features = state.observations[method].features
+        if isinstance(bank, TapBank) and features is not None:
+            np.multiply(features, bank.masks[rows], out=self._taps[run.slots])
             return
         baseline, layout = self._baseline(state, method, expansion), self.loaded.spec.layout
         masks = self._masks[: run.stop - run.start]
@@ -358,7 +372,8 @@ class Engine:
                 asked = _asked(state, method)
                 state.results[method] = np.zeros((len(asked), rows), dtype=np.float32)
             if rows:
-                scheduler.add_rows((state.item.key, method), rows, expansion.through or NETWORK)
+                lane = HEAD if isinstance(expansion.bank, TapBank) else expansion.through or NETWORK
+                scheduler.add_rows((state.item.key, method), rows, lane)
                 state.left += 1
                 return
             following = self._combine(state, method)

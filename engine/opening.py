@@ -54,9 +54,15 @@ class Loaded:
 
     @property
     def needs_weights(self) -> bool:
-        """Whether backward graphs are still to be made from the file."""
+        """Whether backward graphs, or a head alone, are still to be made from the file."""
         asks = ((call.method.backward, call.method.through, call.parameters) for call in self.calls)
-        return any(back(self.facts, values) or through(self.facts, values) for back, through, values in asks)
+        backward = any(back(self.facts, values) or through(self.facts, values) for back, through, values in asks)
+        return backward or self.needs_head
+
+    @property
+    def needs_head(self) -> bool:
+        """Whether rows go through the graph behind the layer alone."""
+        return any(call.method.head(self.facts, call.parameters) for call in self.calls)
 
     @property
     def segmentations(self) -> tuple[Segmentation, ...]:

@@ -6,13 +6,17 @@ import math
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import numpy as np
+import onnx
+from onnx import helper
 
 from .. import InputError, ModelError
 from ..models.graph.backward import CLASSES, START, TARGETS, Built, Outputs, build, same_pass
 from ..models.graph.canonize import Graph, canonize
 from ..models.graph.composites import COMPOSITES
+from ..models.graph.cut import head_of
 from ..models.graph.request import Request
 from ..models.graph.tap import Tap
 from .backends import Profile, Session, open_session
@@ -95,11 +99,34 @@ class Passed:
 
 
 @dataclass(frozen=True, slots=True)
+class Head:
+    """The graph behind the layer, open.
+
+    Attributes:
+        scores: the name of the raw scores.
+        batch_size: rows per call.
+    """
+
+    session: Session
+    tap: Tap
+    scores: str
+    dtype: np.dtype[Any]
+    batch_size: int
+
+    def run(self, features: Array) -> Array:
+        """Raw scores (n, classes) of the layer's maps (n, c, h, w)."""
+        values = self.tap.from_nchw(features, features.shape[2] * features.shape[3])
+        feeds = {self.tap.name: np.ascontiguousarray(values, self.dtype)}
+        return self.session.run(feeds, [self.scores])[0].reshape(len(features), -1)
+
+
+@dataclass(frozen=True, slots=True)
 class Passes:
-    """The backward passes of a run: `observe` goes with every image, `through` are those that rows may take."""
+    """What a run's graph does besides: `observe` goes with every image, `through` and `head` are what rows may take."""
 
     observe: Pass | None = None
     through: Mapping[Request, Pass] = field(default_factory=dict)
+    head: Head | None = None
 
 
 def open_passes(
@@ -110,10 +137,10 @@ def open_passes(
     threads: int | None = None,
     budget: int = BUDGET,
 ) -> Passes:
-    """Make and open what the run's methods need for these targets; nothing where none needs a backward pass.
+    """Make and open what the run's methods need for these targets; nothing where the network alone is enough.
 
-    They run on the session's own backend, in fp32 whatever its precision, and on its provider unless that is known to
-    get them wrong.
+    They run on the session's own backend, backward passes in fp32 whatever its precision, and on its provider unless that
+    is known to get them wrong.
 
     Args:
         batch_size: rows per call, at most: as many as `budget` allows.
@@ -125,14 +152,15 @@ def open_passes(
     """
     observed = requests_of(loaded, loaded.calls, "backward")
     taken = requests_of(loaded, loaded.calls, "through")
+    head = _open_head(loaded, session, batch_size, threads) if loaded.needs_head else None
     if not observed and not taken:
-        return Passes()
+        return Passes(head=head)
     opener = _Opener(loaded, session, batch_size, threads, budget)
     ranks = max((max(target.count, 1) for target in targets if target.kind in ("predicted", "top")), default=0)
     count = sum(target.count for target in targets)
     keep = [loaded.tap] if loaded.tap else []
     observe = opener.open(observed, count, ranks, keep) if observed else None
-    return Passes(observe, {request: opener.open((request,), 1, 0, keep) for request in taken})
+    return Passes(observe, {request: opener.open((request,), 1, 0, keep) for request in taken}, head)
 
 
 def row_bytes(graph: Graph, requests: Sequence[Request], targets: int) -> int:
@@ -154,10 +182,38 @@ def _bytes_behind(graph: Graph, end: str) -> int:
     return sum(counts) * np.dtype(graph.dtype).itemsize
 
 
-def row_seconds(passes: Passes, batch: Array) -> tuple[float, float]:
-    """Seconds per row of the observation's pass and of the slowest pass that rows take, on blank images."""
+def _open_head(loaded: Loaded, session: Session, batch_size: int, threads: int | None) -> Head:
+    """The graph behind the layer, in the session's own arithmetic."""
+    tap = loaded.tap
+    if tap is None:
+        raise ValueError("a method runs the head alone, and there is no layer")
+    fixed = batch_size == loaded.model.input.batch
+    proto = onnx.ModelProto.FromString(loaded.serialized(dynamic=not fixed))
+    (h, w), n = tap.grid, batch_size if fixed else "N"
+    sizes: dict[str, int | str] = {"n": n, "c": tap.channels, "h": h, "w": w, "t": h * w}
+    kind = np.dtype(np.float16 if loaded.own_precision == "fp16" else np.float32)
+    shape = [sizes[letter] for letter in tap.layout]
+    try:
+        head = head_of(proto, tap.name, loaded.scores, shape, helper.np_dtype_to_tensor_dtype(kind))
+    except ModelError as err:
+        raise InputError(f"{loaded.model.path.name}: {err}") from None
+    profile = Profile(batch_size, session.precision, session.provider, threads)
+    opened = open_session(session.backend, head.SerializeToString(), profile)
+    return Head(opened, tap, loaded.scores, kind, batch_size)
+
+
+def row_seconds(passes: Passes, batch: Array) -> tuple[float, float, float]:
+    """Seconds per row of the observation's pass, of the slowest pass back that rows take, and of the head."""
     observe = _row_seconds(passes.observe, batch) if passes.observe else 0.0
-    return observe, max((_row_seconds(taken, batch) for taken in passes.through.values()), default=0.0)
+    through = max((_row_seconds(taken, batch) for taken in passes.through.values()), default=0.0)
+    return observe, through, _head_seconds(passes.head) if passes.head else 0.0
+
+
+def _head_seconds(head: Head) -> float:
+    features = np.zeros((head.batch_size, head.tap.channels, *head.tap.grid), np.float32)
+    start = time.perf_counter()
+    head.run(features)
+    return (time.perf_counter() - start) / len(features)
 
 
 def _row_seconds(taken: Pass, batch: Array) -> float:

@@ -14,6 +14,7 @@ from typing import Any
 
 NETWORK = "network"
 OBSERVE = "observe"
+HEAD = "head"
 
 
 @dataclass(frozen=True, slots=True)

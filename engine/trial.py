@@ -24,7 +24,8 @@ GAIN = 1.03  # a larger batch must be this much faster per row to be worth its m
 class Trial:
     """What one try of a model told: how it will be run, and how fast it is.
 
-    `observe_seconds` and `through_seconds` are what an image's and a row's backward pass takes, where there is one.
+    `observe_seconds` and `through_seconds` are what an image's and a row's backward pass takes, where there is one, and
+    `head_seconds` what a row takes through the head alone.
     """
 
     backend: str
@@ -38,6 +39,7 @@ class Trial:
     trials: Mapping[int, float] = field(default_factory=dict)
     observe_seconds: float = 0.0
     through_seconds: float = 0.0
+    head_seconds: float = 0.0
 
 
 def try_model(

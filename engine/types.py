@@ -86,7 +86,17 @@ class WindowBank:
         return len(self.boxes)
 
 
-Bank = MapBank | GridBank | PathBank | SegmentBank | WindowBank
+@dataclass(frozen=True, slots=True)
+class TapBank:
+    """Factors of the layer's maps (n, c, h, w), an axis of 1 stands for all of it; rows go through the head alone."""
+
+    masks: Array
+
+    def __len__(self) -> int:
+        return len(self.masks)
+
+
+Bank = MapBank | GridBank | PathBank | SegmentBank | WindowBank | TapBank
 
 
 BASELINE_NAMES = ("zero", "black", "mean", "blur")
@@ -217,6 +227,10 @@ def nothing_back(facts: Facts, parameters: Parameters) -> tuple[Request, ...]:
     return ()
 
 
+def not_cut_at_tap(facts: Facts, parameters: Parameters) -> bool:
+    return False
+
+
 def not_cut(parameters: Parameters) -> tuple[Segmentation, ...]:
     """For methods that need no superpixels."""
     return ()
@@ -240,6 +254,7 @@ class Method:
         through: (facts, parameters) -> the backward passes that rows may go through.
         read: (facts, what a row's pass showed, the row, expansion, parameters) -> what is summed up; the returned
             values themselves where it is None. The row's observation has one target.
+        head: (facts, parameters) -> whether rows go through the graph behind the layer alone, a `TapBank`'s.
         superpixels: parameters -> how the picture is cut into segments.
         arrays: whether it gives named arrays besides maps.
         needs_tap: parameters -> whether a layer is read.
@@ -259,6 +274,7 @@ class Method:
     backward: Callable[[Facts, Parameters], tuple[Request, ...]] = nothing_back
     through: Callable[[Facts, Parameters], tuple[Request, ...]] = nothing_back
     read: Callable[[Facts, Observation, int, Expansion, Parameters], Array] | None = None
+    head: Callable[[Facts, Parameters], bool] = not_cut_at_tap
     superpixels: Callable[[Parameters], tuple[Segmentation, ...]] = not_cut
     arrays: bool = False
     needs_tap: Callable[[Parameters], bool] = always

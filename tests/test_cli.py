@@ -451,8 +451,9 @@ def test_inspect_shows_what_is_there_without_a_spec(heatmill, here):
     code, told, _ = heatmill("inspect", "model.onnx", "--preprocess", "raw", "--layer", "r1", "--json")
     found = json.loads(told)
     assert (code, found["layer"], found["trial"]["runs"], found["trial"]["classes"]) == (0, "r1", True, 5)
-    assert found["methods"]["score-cam"] == {"runs": True, "passes": 9, "backward": 0, "back_to": None}
-    assert found["methods"]["saliency"] == {"runs": True, "passes": 1, "backward": 1, "back_to": "image"}
+    told = {"runs": True, "passes": 9, "backward": 0, "head_alone": False, "back_to": None}
+    assert found["methods"]["score-cam"] == told
+    assert found["methods"]["saliency"] == told | {"passes": 1, "backward": 1, "back_to": "image"}
 
 
 def test_method_names_ignore_case_and_dashes(heatmill, here):

@@ -154,6 +154,7 @@ def _methods(
             "runs": True,
             "passes": 1 + passes,
             "backward": len(back) + (passes if through else 0),
+            "head_alone": method.head(loaded.facts, call.parameters),
             "back_to": next((end for end in ("image", "layer") if end in ends), None),
         }
     return answers
@@ -194,6 +195,8 @@ def describe_text(found: dict[str, Any]) -> str:
 
 def _cost(answer: dict[str, Any]) -> str:
     passes = f"at most {answer['passes']} passes per image" if answer["passes"] > 1 else "1 pass per image"
+    if answer["head_alone"]:
+        passes += ", all but the first through the head alone"
     if not answer["backward"]:
         return passes
     back = f"back to the {answer['back_to']}"

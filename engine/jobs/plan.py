@@ -167,6 +167,7 @@ def image_seconds(loaded: Loaded, targets: tuple[Target, ...], trial: Trial) -> 
     for call in loaded.calls:
         method, values = call.method, call.parameters
         each = trial.through_seconds if method.through(facts, values) else network
+        each = trial.head_seconds if method.head(facts, values) else each
         per_class = method.backward(facts, values) or method.through(facts, values)
         seconds += each * method.passes(facts, values) * (count if per_class else 1)
     return seconds

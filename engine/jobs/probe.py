@@ -100,8 +100,8 @@ def _tried(loaded: Loaded, targets: Sequence[Target], how: Sequence[Any]) -> Tri
         return trial
     passes = open_passes(loaded, session, targets, trial.batch_size)
     loaded.release()
-    observe, through = row_seconds(passes, blank_batch(loaded, trial.batch_size))
-    return replace(trial, observe_seconds=observe, through_seconds=through)
+    observe, through, head = row_seconds(passes, blank_batch(loaded, trial.batch_size))
+    return replace(trial, observe_seconds=observe, through_seconds=through, head_seconds=head)
 
 
 def _limit_memory(memory: int) -> None:

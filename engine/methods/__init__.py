@@ -13,6 +13,7 @@ from .cf_cam import CF_CAM
 from .fg_cam import FG_CAM
 from .grad_cam import GRADIENT_CAMS
 from .group_cam import GROUP_CAM
+from .head_cams import HEAD_CAMS
 from .integrated_gradients import INTEGRATED_GRADIENTS
 from .kernel_shap import KERNEL_SHAP
 from .lime import LIME
@@ -31,6 +32,7 @@ METHODS: dict[str, Method] = {
         SCORE_CAM,
         *SCORE_CAM_KIN,
         *(CF_CAM, GROUP_CAM, SIDU, RISE, OCCLUSION, LIME, KERNEL_SHAP, ABLATION_CA, CAM),
+        *HEAD_CAMS,
         *GRADIENT_CAMS,
         FG_CAM,
         *RELEVANCES,

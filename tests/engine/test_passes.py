@@ -139,9 +139,20 @@ def test_equal_requests_of_several_methods_are_one(make_model):
     assert passes.observe.batch_size == 4
     assert (passes.observe.targets, len(passes.observe.requests), len(passes.through)) == (3, 2, 1)
     assert [taken.targets for taken in passes.through.values()] == [1]
-    observe, through = row_seconds(passes, blank_batch(loaded, 4))
+    observe, through, head = row_seconds(passes, blank_batch(loaded, 4))
     assert observe > 0
     assert through > 0
+    assert head == 0
+
+
+def test_what_the_head_takes_is_tried_where_it_runs_alone(make_model):
+    loaded = load(make_model(head="Tanh"), ["ablation-cam"])
+    assert loaded.needs_weights
+    passes = open_passes(loaded, open_best(loaded, batch_size=4), [Target("predicted")], 4)
+    observe, through, head = row_seconds(passes, blank_batch(loaded, 4))
+    assert observe == through == 0
+    assert head > 0
+    assert not load(make_model("linear.onnx"), ["ablation-cam"]).needs_weights
 
 
 def test_a_run_is_planned_by_what_its_backward_passes_take(make_model, monkeypatch):

@@ -7,17 +7,21 @@ from collections.abc import Callable
 from itertools import combinations
 
 import numpy as np
+import onnx
 import pytest
 from scipy.cluster.vq import kmeans2
 
 from heatmill import Explainer, InputError
+from heatmill.engine.explainer import Engine
 from heatmill.engine.methods import METHODS, parse_method
-from heatmill.engine.methods.kernel_shap import coalitions
-from heatmill.engine.types import Observation
+from heatmill.engine.methods.kernel_shap import coalitions, values_of
+from heatmill.engine.opening import load, open_best
+from heatmill.engine.passes import open_passes
+from heatmill.engine.types import Item, Observation, Target
 from heatmill.kernels import reference
 from heatmill.models.preprocess import denormalise
 from heatmill.models.superpixels import Segmentation, cut
-from tests.engine.test_methods import Classifier, pictures, scale, up
+from tests.engine.test_methods import Classifier, pictures, scale, softmax, up
 
 SIZE = (33, 29)
 OFF: dict[str, Callable[[np.ndarray, np.ndarray], np.ndarray]] = {
@@ -44,9 +48,6 @@ def asked_of(explainer: Explainer, image: np.ndarray, position: int = 0) -> tupl
     engine_call = explainer._loaded.calls[0]
     picture = denormalise(image, explainer.spec)
     segments = tuple(cut(picture, how) for how in engine_call.method.superpixels(engine_call.parameters))
-    from heatmill.engine.explainer import Engine
-    from heatmill.engine.types import Target
-
     key = Engine(explainer._loaded, explainer._session, [Target("predicted")], 1)._key(str(position), 0)
     return Observation(image, np.zeros(0), np.zeros(0), None, segments=segments, key=key), key
 
@@ -150,8 +151,6 @@ def test_kernel_shap_over_all_coalitions_is_the_shapley_value(make_model, baseli
 
 
 def test_kernel_shap_by_samples_is_exact_where_parts_add_up():
-    from heatmill.engine.methods.kernel_shap import values_of
-
     rng = np.random.default_rng(0)
     worth = rng.normal(size=20)
     bits, weights = coalitions(20, 200, rng)
@@ -273,11 +272,101 @@ def test_sidu_of_equal_masks_is_a_zero_map_with_its_reason(make_model):
     assert result.extras[0][0]["reason"].startswith("every mask leaves the same scores")
 
 
-def test_superpixels_that_come_with_an_image_are_the_ones_that_are_used(make_model):
-    from heatmill.engine.explainer import Engine
-    from heatmill.engine.opening import load, open_best
-    from heatmill.engine.types import Item, Target
+def head_scores(path, features):
+    """The raw scores of maps that take the layer's place, by the file's own weights."""
+    weights = {t.name: onnx.numpy_helper.to_array(t).astype(float) for t in onnx.load(path).graph.initializer}
+    if "w4" in weights:
+        hidden = np.maximum(weights["w4"] @ features.ravel() + weights["b4"], 0)
+        return weights["w3"] @ hidden + weights["b3"]
+    return weights["w3"] @ np.tanh(features.mean(axis=(1, 2))) + weights["b3"]
 
+
+@pytest.mark.parametrize("batch", ["N", 1, 4])
+@pytest.mark.parametrize("head", ["Dense", "Tanh"])
+def test_ablation_cam_is_the_literal_loop(make_model, head, batch):
+    path = make_model(head=head, batch=batch)
+    images = pictures(2, SIZE)
+    net = Classifier(make_model("loose.onnx", head=head))
+    explainer = Explainer(path, method="ablation-cam", batch_size=batch if batch != "N" else 5)
+    result = explainer.explain(images, targets=["top2", 3])
+    for i, x in enumerate(images):
+        y, A = net(x)
+        for k, c in enumerate(result.targets[i]):
+            weights = []
+            for channel in range(len(A)):
+                without = A.copy()
+                without[channel] = 0
+                weights.append((y[c] - head_scores(path, without)[c]) / abs(y[c]))
+            literal = np.tensordot(weights, A, 1)
+            assert np.ptp(literal) > 1e-2
+            np.testing.assert_allclose(result.maps[i, k], literal, atol=1e-4 * np.abs(literal).max())
+        assert result.extras[i][0]["passes"] == 1 + sum(a.any() for a in A)
+
+
+def test_ablation_cam_of_a_linear_head_is_known_without_a_pass(make_model):
+    """The same map as by leaving each channel out."""
+    path, images = make_model(), pictures(2, SIZE)
+    net = Classifier(path)
+    weights = {t.name: onnx.numpy_helper.to_array(t).astype(float) for t in onnx.load(path).graph.initializer}
+    result = Explainer(path, method="ablation-cam").explain(images, targets=["predicted", 3])
+    assert result.extras[0][0]["passes"] == 0
+    for i, x in enumerate(images):
+        y, A = net(x)
+        for k, c in enumerate(result.targets[i]):
+            falls = []
+            for channel in range(len(A)):
+                without = A.copy()
+                without[channel] = 0
+                falls.append(y[c] - (weights["w3"][c] @ without.mean(axis=(1, 2)) + weights["b3"][c]))
+            literal = np.tensordot(np.array(falls) / abs(y[c]), A, 1)
+            np.testing.assert_allclose(result.maps[i, k], literal, atol=1e-4 * np.abs(literal).max())
+
+
+@pytest.mark.parametrize("spread", ["gaussian", "none"])
+@pytest.mark.parametrize("head", ["Dense", "Tanh"])
+def test_recipro_cam_is_the_literal_loop(make_model, head, spread):
+    path = make_model(head=head)
+    net, x = Classifier(path), pictures(1, SIZE)[0]
+    result = Explainer(path, method=f"recipro-cam:spread={spread}", batch_size=7).explain(x[None], targets=[0, 2])
+    A = net(x)[1]
+    h, w = A.shape[1:]
+    maps = np.zeros((2, h, w))
+    for y in range(h):
+        for z in range(w):
+            placed = np.zeros_like(A)
+            for dy in (-1, 0, 1):
+                for dz in (-1, 0, 1):
+                    weight = (2 - abs(dy)) * (2 - abs(dz)) / 16 if spread == "gaussian" else float(dy == dz == 0)
+                    if 0 <= y + dy < h and 0 <= z + dz < w:
+                        placed[:, y + dy, z + dz] = weight * A[:, y + dy, z + dz]
+            maps[:, y, z] = softmax(head_scores(path, placed))[[0, 2]]
+    assert (np.ptp(maps, axis=(1, 2)) > 1e-4).all()
+    np.testing.assert_allclose(result.maps[0], maps, atol=1e-6)
+    literal = np.stack([up(scale(each), SIZE) for each in maps])
+    np.testing.assert_allclose(result.saliency()[0], literal, atol=1e-2)
+
+
+def test_the_head_cams_share_a_run_with_others_and_refuse_what_the_head_reads_besides(make_model):
+    path, images = make_model(head="Dense"), pictures(3, SIZE)
+    texts = ["ablation-cam", "recipro-cam", "grad-cam", "score-cam", "saliency"]
+    loaded, targets = load(path, texts), [Target("predicted"), Target("class", 1)]
+    session = open_best(loaded, batch_size=5)
+    engine = Engine(loaded, session, targets, 5, passes=open_passes(loaded, session, targets, 5))
+    found = list(engine.stream(Item(i, image) for i, image in enumerate(images)))
+    assert len(found) == 3 * 5 * 2
+    for text in texts:
+        alone = Explainer(path, method=text, batch_size=3).explain(images, targets=["predicted", 1])
+        for explanation in found:
+            if explanation.method.text == text:
+                map_alone = alone.maps[explanation.key, int(explanation.target_source == "class")]
+                np.testing.assert_allclose(explanation.map, map_alone, atol=1e-5 * np.abs(map_alone).max())
+    around = make_model("sum.onnx", body="sum")
+    for method in ("ablation-cam", "recipro-cam"):
+        with pytest.raises(InputError, match="goes around layer c2"):
+            Explainer(around, method=method, layer="c2")
+
+
+def test_superpixels_that_come_with_an_image_are_the_ones_that_are_used(make_model):
     loaded = load(make_model(), ["lime:samples=20,superpixels=slic,segments=9"])
     assert loaded.segmentations == (Segmentation("slic", 9),)
     engine = Engine(loaded, open_best(loaded), [Target("predicted")], 8)
