@@ -69,11 +69,21 @@ def _segment_means(image: Array, spec: ModelSpec, segments: Array) -> Array:
     return host.segment_means(image.transpose(2, 0, 1), segments).transpose(1, 2, 0)
 
 
+def _least(image: Array, spec: ModelSpec) -> Array:
+    return np.array(image.min(), dtype=np.float32)
+
+
+def _greatest(image: Array, spec: ModelSpec) -> Array:
+    return np.array(image.max(), dtype=np.float32)
+
+
 BASELINES: dict[str, Callable[..., Array | None]] = {
     "zero": lambda image, spec: None,
     "black": _black,
     "mean": _mean,
     "blur": _blurred,
+    "least": _least,
+    "greatest": _greatest,
 }
 
 
@@ -352,7 +362,9 @@ class Engine:
             image = self._channels_first(state.item.image)
             segments = self._segments(state, call.method.superpixels(call.parameters))
             key = self._key(state.item.identity, method)
-            observation = Observation(image, raw, classes, features, returned, segments, key)
+            names = call.method.layers(self.loaded.facts, call.parameters)
+            layers = tuple(passed.layers[name][slot].copy() for name in names)
+            observation = Observation(image, raw, classes, features, returned, layers, segments, key)
             state.observations[method] = observation
             if not all(np.isfinite(found.values).all() for found in returned):
                 state.expansions[method] = Expansion()  # without a map, its rows are nonfinite

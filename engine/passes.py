@@ -37,6 +37,7 @@ class Pass:
         channels_last: whether what comes back at the image is (n, h, w, c).
         scores: the name of the raw scores.
         tap: the layer that it puts out as well.
+        layers: further ones.
         requests: the names under which each request comes out.
         ends: where each request's values lie; None is the image.
         batch_size: rows per call.
@@ -52,6 +53,7 @@ class Pass:
     ends: Mapping[Request, Tap | None]
     batch_size: int
     start: tuple[Tap, int] | None = None
+    layers: tuple[Tap, ...] = ()
 
     @property
     def targets(self) -> int:
@@ -70,7 +72,8 @@ class Pass:
         if starts is not None and self.start is not None:
             feeds[START] = self.start[0].from_nchw(starts, self.start[1])
         names = [name for outputs in self.requests.values() for name in (*outputs.values, *outputs.kept)]
-        wanted = [self.scores, CLASSES, *([self.tap.name] if self.tap else []), *names]
+        kept_layers = dict.fromkeys([*([self.tap.name] if self.tap else []), *(tap.name for tap in self.layers)])
+        wanted = [self.scores, CLASSES, *kept_layers, *names]
         found = dict(zip(wanted, self.session.run(feeds, wanted), strict=True))
         returned = {}
         for request, outputs in self.requests.items():
@@ -80,7 +83,8 @@ class Pass:
             shares = np.array(kept, dtype=np.float32).reshape(-1, len(images)).T
             returned[request] = Returned(np.stack(values, axis=1), shares)
         features = self.tap.to_nchw(found[self.tap.name]) if self.tap else None
-        return Passed(found[self.scores].reshape(len(images), -1), found[CLASSES], features, returned)
+        layers = {tap.name: tap.to_nchw(found[tap.name]) for tap in self.layers}
+        return Passed(found[self.scores].reshape(len(images), -1), found[CLASSES], features, returned, layers)
 
     def _oriented(self, values: Array, end: Tap | None) -> Array:
         if end is not None:
@@ -90,12 +94,13 @@ class Pass:
 
 @dataclass(frozen=True, slots=True)
 class Passed:
-    """A batch's raw scores (n, classes), resolved targets (n, k), features, and what came back, rows first."""
+    """A batch, rows first: raw scores (n, classes), resolved targets (n, k), features, what came back, other layers."""
 
     raw: Array
     classes: Array
     features: Array | None
     returned: Mapping[Request, Returned]
+    layers: Mapping[str, Array] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
@@ -139,7 +144,7 @@ def open_passes(
 ) -> Passes:
     """Make and open what the run's methods need for these targets; nothing where the network alone is enough.
 
-    They run on the session's own backend, backward passes in fp32 whatever its precision, and on its provider unless that
+    They run on the session's own backend. Backward passes are in fp32 whatever its precision, and not on a provider that
     is known to get them wrong.
 
     Args:
@@ -159,7 +164,8 @@ def open_passes(
     ranks = max((max(target.count, 1) for target in targets if target.kind in ("predicted", "top")), default=0)
     count = sum(target.count for target in targets)
     keep = [loaded.tap] if loaded.tap else []
-    observe = opener.open(observed, count, ranks, keep) if observed else None
+    layers = tuple(tap for tap in (_tap(loaded, name) for name in layers_of(loaded)) if tap is not None)
+    observe = opener.open(observed, count, ranks, keep, layers) if observed else None
     return Passes(observe, {request: opener.open((request,), 1, 0, keep) for request in taken}, head)
 
 
@@ -228,6 +234,13 @@ def _row_seconds(taken: Pass, batch: Array) -> float:
     return (time.perf_counter() - start) / len(images)
 
 
+def layers_of(loaded: Loaded) -> tuple[str, ...]:
+    """The layers that the methods read besides the tap, each once."""
+    return tuple(
+        dict.fromkeys(name for call in loaded.calls for name in call.method.layers(loaded.facts, call.parameters))
+    )
+
+
 def requests_of(loaded: Loaded, calls: Iterable[MethodCall], kind: str) -> tuple[Request, ...]:
     """What some methods ask of the observation ("backward") or of their rows ("through"), each once."""
     asked = [request for call in calls for request in getattr(call.method, kind)(loaded.facts, call.parameters)]
@@ -242,10 +255,17 @@ class _Opener:
         self._static = batch_size if batch_size in (1, loaded.model.input.batch) else None
         self._graphs: dict[tuple[bool, tuple[str, ...]], Graph] = {}
 
-    def open(self, requests: Sequence[Request], targets: int, ranks: int, keep: Sequence[Tap]) -> Pass:
+    def open(
+        self,
+        requests: Sequence[Request],
+        targets: int,
+        ranks: int,
+        keep: Sequence[Tap],
+        layers: tuple[Tap, ...] = (),
+    ) -> Pass:
         loaded = self._loaded
         ends = {request: _tap(loaded, request.at) for request in requests}
-        names = [tap.name for tap in keep]
+        names = list(dict.fromkeys(tap.name for tap in (*keep, *layers)))
         graph = canonical(loaded, requests, names, self._static, self._graphs)
         built = build_for(loaded, graph, requests, targets, ranks, names)
         size = self._batch_size
@@ -261,7 +281,8 @@ class _Opener:
         last = graph.shape(graph.image)[1:] == (*loaded.facts.size, loaded.spec.input_size[0])
         start = next((_tap(loaded, request.start_at) for request in requests if request.start_at), None)
         begins = None if start is None else (start, _tokens(start, graph.shape(start.name)))
-        return Pass(session, loaded.model.input.name, last, loaded.scores, tap, outputs, ends, size, begins)
+        image = loaded.model.input.name
+        return Pass(session, image, last, loaded.scores, tap, outputs, ends, size, begins, layers)
 
 
 def canonical(

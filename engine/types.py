@@ -151,6 +151,7 @@ class Observation:
         targets: the asked classes (k,).
         features: the tapped maps (c, h, w), where a tap is read.
         returned: for each of the method's requests, what came back.
+        layers: for each of the method's other layers, its maps (c, h, w).
         segments: for each of the method's segmentations, the segment of every pixel (H, W) int32.
         key: (2,) uint64, Philox's, for random numbers of this image and method.
     """
@@ -160,6 +161,7 @@ class Observation:
     targets: Array
     features: Array | None
     returned: tuple[Returned, ...] = ()
+    layers: tuple[Array, ...] = ()
     segments: tuple[Array, ...] = ()
     key: Array | None = None
 
@@ -170,8 +172,8 @@ class Expansion:
 
     Attributes:
         bank: the perturbed inputs, a row each; None where no further pass is needed.
-        baseline: what stands for absence: zero (in the network's own units), black, mean, blur or blur:SIZE:SIGMA; for
-            a bank of superpixels also segment-mean.
+        baseline: what stands for absence: zero (in the network's own units), black, mean, blur or blur:SIZE:SIGMA,
+            least or greatest (the image's least or greatest number everywhere); with superpixels also segment-mean.
         score: "posterior" or "logit", what each pass through the network is asked for.
         every_class: whether the results are of all classes in order, not of the targets.
         through: the backward pass that the rows go through instead; None is the network alone.
@@ -227,6 +229,11 @@ def nothing_back(facts: Facts, parameters: Parameters) -> tuple[Request, ...]:
     return ()
 
 
+def no_layers(facts: Facts, parameters: Parameters) -> tuple[str, ...]:
+    """For methods that read one layer at most."""
+    return ()
+
+
 def not_cut_at_tap(facts: Facts, parameters: Parameters) -> bool:
     return False
 
@@ -254,6 +261,7 @@ class Method:
         through: (facts, parameters) -> the backward passes that rows may go through.
         read: (facts, what a row's pass showed, the row, expansion, parameters) -> what is summed up; the returned
             values themselves where it is None. The row's observation has one target.
+        layers: (facts, parameters) -> the layers that the observation gives besides, for methods with `backward`.
         head: (facts, parameters) -> whether rows go through the graph behind the layer alone, a `TapBank`'s.
         superpixels: parameters -> how the picture is cut into segments.
         arrays: whether it gives named arrays besides maps.
@@ -274,6 +282,7 @@ class Method:
     backward: Callable[[Facts, Parameters], tuple[Request, ...]] = nothing_back
     through: Callable[[Facts, Parameters], tuple[Request, ...]] = nothing_back
     read: Callable[[Facts, Observation, int, Expansion, Parameters], Array] | None = None
+    layers: Callable[[Facts, Parameters], tuple[str, ...]] = no_layers
     head: Callable[[Facts, Parameters], bool] = not_cut_at_tap
     superpixels: Callable[[Parameters], tuple[Segmentation, ...]] = not_cut
     arrays: bool = False

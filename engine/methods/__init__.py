@@ -24,20 +24,23 @@ from .saliency import SALIENCIES
 from .score_cam import SCORE_CAM
 from .score_cam_kin import SCORE_CAM_KIN
 from .sidu import SIDU
+from .sise import SISES
 from .smoothgrad import SMOOTHGRAD
+from .xrai import XRAI
 
 METHODS: dict[str, Method] = {
     method.name: method
     for method in (
         SCORE_CAM,
         *SCORE_CAM_KIN,
+        *SISES,
         *(CF_CAM, GROUP_CAM, SIDU, RISE, OCCLUSION, LIME, KERNEL_SHAP, ABLATION_CA, CAM),
         *HEAD_CAMS,
         *GRADIENT_CAMS,
         FG_CAM,
         *RELEVANCES,
         *SALIENCIES,
-        *(INTEGRATED_GRADIENTS, SMOOTHGRAD),
+        *(INTEGRATED_GRADIENTS, SMOOTHGRAD, XRAI),
     )
 }
 

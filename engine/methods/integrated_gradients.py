@@ -59,14 +59,19 @@ def read(facts: Facts, shown: Observation, row: int, expansion: Expansion, param
     return np.concatenate([np.zeros_like(gradient), shown.image.ravel(), shown.raw[shown.targets]])
 
 
+def attributions(observation: Observation, sums: Array) -> Array:
+    """`(x - x') * mean gradient`, (k, c, H, W) float64."""
+    shape = (len(sums), *observation.image.shape)
+    size = observation.image.size
+    baseline = sums[:, size : 2 * size].reshape(shape)
+    return np.asarray((observation.image.astype(np.float64)[None] - baseline) * sums[:, :size].reshape(shape))
+
+
 def combine(
     facts: Facts, observation: Observation, expansion: Expansion, sums: Array, parameters: Parameters
 ) -> Combined:
-    """`(x - x') * mean gradient`, and how far its sum is from the scores' difference, as a share of that."""
-    size = (sums.shape[1] - 1) // 2
-    shape = (len(sums), size // (facts.size[0] * facts.size[1]), *facts.size)
-    baseline = sums[:, size : 2 * size].reshape(shape)
-    values = (observation.image.astype(np.float64)[None] - baseline) * sums[:, :size].reshape(shape)
+    """The attributions as one map, and how far their sum is from the scores' difference, as a share of that."""
+    values = attributions(observation, sums)
     risen = observation.raw[observation.targets] - sums[:, -1]
     off = np.abs(values.sum(axis=(1, 2, 3)) - risen) / np.maximum(np.abs(risen), 1e-6)
     extras = tuple({"completeness_error": float(f"{error:.3g}")} for error in off)

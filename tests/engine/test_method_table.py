@@ -43,6 +43,7 @@ FEW = {
     "smoothgrad": "smoothgrad:samples=3",
     "ss-cam": "ss-cam:samples=2",
     "is-cam": "is-cam:steps=2",
+    "xrai": "xrai:steps=2",
     "occlusion": "occlusion:window=40,stride=40",
     "lime": "lime:samples=8,superpixels=slic,segments=4",
     "ablation-ca": "ablation-ca:samples=16,segments=4",

@@ -227,9 +227,6 @@ KIN_CASES = {
 }
 
 
-COMPARED = {"occlusion", "lime", "kernel-shap", "sidu", *KIN_CASES}
-
-
 @pytest.mark.parametrize("name", [name for name in METHODS if name in KIN_CASES])
 def test_score_cams_kin_are_the_literal_loops(make_model, name):
     path = make_model()
