@@ -144,8 +144,8 @@ def open_passes(
 ) -> Passes:
     """Make and open what the run's methods need for these targets; nothing where the network alone is enough.
 
-    They run on the session's own backend. Backward passes are in fp32 whatever its precision, and not on a provider that
-    is known to get them wrong.
+    They run on the session's own backend; backward passes in fp32 whatever its precision, and not on a provider that is
+    known to get them wrong.
 
     Args:
         batch_size: rows per call, at most: as many as `budget` allows.

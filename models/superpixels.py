@@ -36,8 +36,9 @@ def quickshift(picture: Array, size: int) -> Array:
 
 
 def felzenszwalb(picture: Array, size: int) -> Array:
-    """Graph-based (Felzenszwalb and Huttenlocher 2004) at scale `size`; colours in -1..1, the rest as in XRAI."""
-    return np.asarray(_skimage().felzenszwalb(picture / 127.5 - 1, scale=size, sigma=0.8, min_size=150))
+    """Graph-based (Felzenszwalb and Huttenlocher 2004) at scale `size`; range and constants are XRAI's."""
+    low, span = float(picture.min()), max(float(np.ptp(picture)), 1.0)
+    return np.asarray(_skimage().felzenszwalb((picture - low) / span * 2 - 1, scale=size, sigma=0.8, min_size=150))
 
 
 KINDS: dict[str, Callable[[Array, int], Array]] = {
