@@ -35,7 +35,7 @@ TOGETHER = [
     *("clrp", "clrp:variant=clrp2", "sglrp", "deep-taylor", "fg-cam:to=r1", "fg-cam:base=score-cam,to=image"),
     *("occlusion:window=6,stride=5", "lime:samples=20", "kernel-shap:samples=20,segments=6", "sidu"),
     *("faster-score-cam:channels=3", "cluster-cam:clusters=3", "ss-cam:samples=3", "is-cam:steps=3"),
-    "ablation-ca:samples=20,segments=6",
+    *("ablation-ca:samples=20,segments=6", "ablation-cam", "recipro-cam", "sise", "ada-sise", "xrai:steps=3"),
 ]
 
 
