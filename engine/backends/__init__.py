@@ -6,11 +6,13 @@ from importlib import import_module
 from typing import Any
 
 from ... import BackendError
-from .base import PRECISIONS, Offer, Profile, Session, cpu_flags, first_line, usable_cores
+from .base import PRECISIONS, DeviceSession, Offer, Profile, Session, cpu_flags, first_line, usable_cores
 
 __all__ = [
     "BACKENDS",
+    "PORTABLE",
     "PRECISIONS",
+    "DeviceSession",
     "Offer",
     "Profile",
     "Session",
@@ -22,7 +24,15 @@ __all__ = [
     "usable_cores",
 ]
 
-BACKENDS: dict[str, str] = {"reference": ".reference", "onnxruntime": ".ort"}
+BACKENDS: dict[str, str] = {"reference": ".reference", "onnxruntime": ".ort", "tensorrt": ".trt"}
+
+# The (backend, provider) that take backward graphs in TensorRT's operators only.
+PORTABLE = frozenset(
+    {
+        *(("tensorrt", provider) for provider in ("tensorrt", "rtx")),
+        *(("onnxruntime", provider) for provider in ("tensorrt", "nv-tensorrt-rtx")),
+    }
+)
 
 
 def _door(name: str) -> Any:
@@ -54,7 +64,7 @@ def choose(backend: str, provider: str | None, precision: str, own: str) -> list
 
     Args:
         own: the file's own arithmetic, which `auto` takes. A file in fp16 or int8 runs as it is; one in fp32 may also
-            be run in bf16.
+            be run in tf32, bf16 or fp16 where the backend gives it.
 
     Raises:
         BackendError: nothing on this machine gives it; says what each provider lacks.
@@ -64,16 +74,24 @@ def choose(backend: str, provider: str | None, precision: str, own: str) -> list
         raise BackendError(f"no precision {wanted!r}; known: auto, {', '.join(PRECISIONS)}")
     if wanted == "int8" and own != "int8":
         raise BackendError("precision int8 needs a quantised (QDQ) model file; this one is not")
-    if wanted == "fp16" and own != "fp16":
-        raise BackendError("precision fp16 needs a model file in half precision; this one is not")
     if own != "fp32" and wanted != own:
         raise BackendError(f"the model file is in {own}: it runs as it is (--precision auto), not in {wanted}")
     named = "onnxruntime" if backend == "auto" else backend
     known = _door(named).survey()
-    offers = [offer for offer in known if provider in (None, offer.provider)]
+    if provider is None:
+        offers = [offer for offer in known if not offer.by_name]
+    else:
+        offers = [offer for offer in known if offer.provider == provider]
     if not offers:
         names = ", ".join(offer.provider for offer in known)
         raise BackendError(f"backend {named} has no provider {provider!r}; known: {names}")
+    if wanted == "fp16" and own != "fp16":
+        if not any(offer.halves for offer in offers):
+            raise BackendError(
+                "precision fp16 needs a model file in half precision; this one is not "
+                "(--backend tensorrt and --provider cuda make one of it)"
+            )
+        offers = [offer for offer in offers if offer.halves]
     fit = [(offer.backend, offer.provider, wanted) for offer in offers if wanted in offer.precisions]
     if not fit:
         reasons = "; ".join(f"{offer.provider}: {offer.note}" for offer in offers)

@@ -10,14 +10,19 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from importlib import import_module
 from pathlib import Path
 from typing import Any, Protocol
 
+import numpy as np
 import numpy.typing as npt
+
+from ... import BackendError
+from ...kernels.device import DeviceArray, Driver
 
 Array = npt.NDArray[Any]
 
-PRECISIONS = ("fp32", "bf16", "fp16", "int8")
+PRECISIONS = ("fp32", "tf32", "bf16", "fp16", "int8")
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,6 +31,9 @@ class Profile:
 
     `lean` asks for less memory where the runtime's plan of it costs more than it saves: graphs that run both ways keep
     many values for long.
+
+    Runtimes of a GPU read the rest: `device` is its number, `input_shape` the sizes of one row of the image, for files
+    that leave them open, and `cache` the folder of what was built (None: the user's cache folder).
     """
 
     batch_size: int
@@ -33,17 +41,25 @@ class Profile:
     provider: str | None = None
     threads: int | None = None
     lean: bool = False
+    device: int = 0
+    input_shape: tuple[int, ...] = ()
+    cache: Path | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class Offer:
-    """A backend (and provider) on this machine: the precisions it gives, or why it can't be used."""
+    """A backend (and provider) on this machine: the precisions it gives, or why it can't be used.
+
+    `halves` says that a file in fp32 may be run in fp16 too; `by_name` that it is only taken where it is asked for.
+    """
 
     backend: str
     provider: str
     version: str
     precisions: tuple[str, ...]
     note: str
+    halves: bool = False
+    by_name: bool = False
 
 
 class Session(Protocol):
@@ -56,6 +72,43 @@ class Session(Protocol):
     flexible: bool
 
     def run(self, feeds: Mapping[str, Array], outputs: Sequence[str]) -> list[Array]: ...
+
+
+class DeviceSession(Session, Protocol):
+    """A session whose values may stay in the memory of a GPU.
+
+    Attributes:
+        stream: what `run_on_device` queues its work on.
+        driver: of the memory and the stream.
+        input_dtype: the type in which the image is taken; `run` casts to it.
+        memory_per_row: bytes of the device that a row needs while the graph runs, 0 where that is not known.
+        engine_bytes: size of what was built, 0 where nothing is.
+    """
+
+    stream: int
+    driver: Driver
+    input_dtype: np.dtype[Any]
+    memory_per_row: int
+    engine_bytes: int
+
+    def run_on_device(self, feeds: Mapping[str, DeviceArray], outputs: Mapping[str, DeviceArray]) -> None:
+        """Queue one batch on `stream`: from arrays on the device into arrays on the device."""
+        ...
+
+
+def open_driver(index: int) -> Driver:
+    """The driver of a GPU.
+
+    Raises:
+        BackendError: there is none here that can be used.
+    """
+    try:
+        driver: Driver = import_module("...kernels.drivers", __package__).open_driver(index=index)
+    except BackendError:
+        raise
+    except Exception as err:  # a driver's own error, or a library of it that is missing
+        raise BackendError(f"no GPU {index} can be used here: {first_line(err)}") from err
+    return driver
 
 
 def first_line(err: BaseException) -> str:

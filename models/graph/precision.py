@@ -31,6 +31,7 @@ SENSITIVE = frozenset({"Softmax", "LogSoftmax", "Exp", "Log", "Pow", "Sqrt", "Re
     *("ReduceL2", "ReduceSumSquare", "ReduceLogSum", "ReduceLogSumExp", "ReduceProd", "LpPool", "GlobalLpPool"),
 }
 SUMS = frozenset({"ReduceMean", "ReduceSum", "ReduceL1"})
+LACKING = {"bf16": frozenset({"HardSwish", "Mish", "Celu"}), "fp16": frozenset[str]()}  # TensorRT refuses them in it
 ANY_TYPE = frozenset({"Cast", "Shape", "Size"})  # they read a value in whatever type it has
 
 Array = npt.NDArray[np.generic]
@@ -180,7 +181,9 @@ class _Typing:
         bf16 came to most operators late, and a runtime that has it does not ask for the newest opset; so the newest
         definition says whether an operator has it.
         """
-        if wanted == TensorProto.FLOAT or any(found.name == "dtype" for found in node.attribute):
+        if wanted == TensorProto.FLOAT or node.op_type in LACKING[self.precision]:
+            return {}
+        if any(found.name == "dtype" for found in node.attribute):
             return {}
         schema = self._schema(node)
         if schema is None:
