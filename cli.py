@@ -92,9 +92,15 @@ def session_options(command: Command) -> Command:
     """Flags that say how the network is run."""
     for option in reversed(
         [
-            click.option("--backend", default="auto", show_default=True, help="auto, reference or onnxruntime."),
-            click.option("--provider", help="ONNX Runtime's provider: cpu or openvino [default: the fastest]."),
-            click.option("--precision", default="auto", show_default=True, help="auto, fp32, bf16, fp16 or int8."),
+            click.option(
+                "--backend", default="auto", show_default=True, help="auto, reference, onnxruntime or tensorrt."
+            ),
+            click.option(
+                "--provider",
+                help="The backend's provider: cpu, openvino, cuda, tensorrt, nv-tensorrt-rtx; of tensorrt: tensorrt, "
+                "rtx [default: the fastest].",
+            ),
+            click.option("--precision", default="auto", show_default=True, help="auto, fp32, tf32, bf16, fp16, int8."),
             click.option("--batch-size", default="auto", show_default=True, help="Rows per network call."),
         ]
     ):
@@ -417,6 +423,55 @@ def bench(model: Path, inputs: tuple[Path, ...], as_json: bool, debug: bool, **o
     options["batch_size"] = _batch_size(options["batch_size"])
     found = measure(model, inputs, **options)
     click.echo(json.dumps(found) if as_json else bench_text(found), nl=as_json)
+
+
+@main.command("compile")
+@click.argument("model", type=click.Path(path_type=Path))
+@click.option(
+    "-m",
+    "--method",
+    "methods",
+    multiple=True,
+    default=["score-cam"],
+    show_default=True,
+    metavar="NAME[:key=value,...]",
+    help="Their backward graphs are built too; repeatable.",
+)
+@click.option(
+    "-t",
+    "--target",
+    "targets",
+    multiple=True,
+    default=["predicted"],
+    show_default=True,
+    metavar="TARGET",
+    help="As for explain; a backward graph is made for their number.",
+)
+@click.option(
+    "--target-gpu",
+    "gpus",
+    multiple=True,
+    metavar="sm_NN",
+    help="Build for this GPU, whatever is here (TensorRT-RTX); repeatable [default: all that the library builds for].",
+)
+@model_options
+@click.option("--backend", default="tensorrt", show_default=True, help="Only tensorrt builds ahead of time.")
+@click.option("--provider", help="tensorrt or rtx [default: what is installed].")
+@click.option("--precision", default="auto", show_default=True, help="auto, fp32, tf32, bf16, fp16, int8.")
+@click.option("--batch-size", default="auto", show_default=True, help="Rows per network call.")
+@common_options
+def compile_command(model: Path, as_json: bool, debug: bool, **options: Any) -> None:
+    """Build ahead what a GPU will run, for the network and the methods' backward graphs.
+
+    TensorRT-RTX does so on machines without a GPU. The plans go to the user's cache, where explain finds them.
+
+    Example: heatmill compile model.onnx --precision fp16
+    """
+    from .engine.jobs.compile import compile_model, compile_text
+
+    options["batch_size"] = _batch_size(options["batch_size"])
+    found = compile_model(model, **options)
+    click.echo(json.dumps(found) if as_json else compile_text(found), nl=as_json)
 
 
 @main.command()

@@ -173,7 +173,7 @@ def open_best(
     refusals: list[BackendError] = []
     for name, door, kind in fits:
         try:
-            session = open_session(name, graph, Profile(batch_size, kind, door, threads))
+            session = open_session(name, graph, Profile(batch_size, kind, door, threads, input_shape=row_shape(loaded)))
             if len(fits) == 1:
                 return session
             sessions.append((_seconds(session, feed, loaded.scores), session))
@@ -195,9 +195,13 @@ def _seconds(session: Session, feed: Mapping[str, Array], output: str) -> float:
 
 def blank_batch(loaded: Loaded, rows: int) -> Array:
     """A zero batch in the network's shape and type."""
+    return np.zeros((rows, *row_shape(loaded)), dtype=loaded.model.input.dtype)
+
+
+def row_shape(loaded: Loaded) -> tuple[int, int, int]:
+    """The sizes of one image in the network's layout."""
     c, h, w = loaded.spec.input_size
-    shape = (rows, c, h, w) if loaded.model.input.layout == "NCHW" else (rows, h, w, c)
-    return np.zeros(shape, dtype=loaded.model.input.dtype)
+    return (c, h, w) if loaded.model.input.layout == "NCHW" else (h, w, c)
 
 
 def require_classes(loaded: Loaded, seen: int) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -19,7 +19,7 @@ from ..models.graph.composites import COMPOSITES
 from ..models.graph.cut import head_of
 from ..models.graph.request import Request
 from ..models.graph.tap import Tap
-from .backends import Profile, Session, open_session
+from .backends import PORTABLE, Profile, Session, open_session
 from .opening import Loaded
 from .types import Array, MethodCall, Returned, Target
 
@@ -160,13 +160,37 @@ def open_passes(
     head = _open_head(loaded, session, batch_size, threads) if loaded.needs_head else None
     if not observed and not taken:
         return Passes(head=head)
-    opener = _Opener(loaded, session, batch_size, threads, budget)
-    ranks = max((max(target.count, 1) for target in targets if target.kind in ("predicted", "top")), default=0)
-    count = sum(target.count for target in targets)
-    keep = [loaded.tap] if loaded.tap else []
+    opener = _Opener(loaded, session.backend, session.provider, batch_size, threads, budget)
+    count, ranks = _targets(targets)
     layers = tuple(tap for tap in (_tap(loaded, name) for name in layers_of(loaded)) if tap is not None)
-    observe = opener.open(observed, count, ranks, keep, layers) if observed else None
-    return Passes(observe, {request: opener.open((request,), 1, 0, keep) for request in taken}, head)
+    observe = opener.open(observed, count, ranks, layers) if observed else None
+    return Passes(observe, {request: opener.open((request,), 1, 0) for request in taken}, head)
+
+
+def graphs_to_build(
+    loaded: Loaded, backend: str, provider: str, targets: Sequence[Target], batch_size: int
+) -> Iterator[tuple[str, bytes, Profile]]:
+    """What `open_passes` would open on a backend to follow scores back: a name, the serialized graph and how it is run.
+
+    Raises:
+        InputError: an operator of the model has no rule.
+    """
+    opener = _Opener(loaded, backend, provider, batch_size, None, BUDGET)
+    observed = requests_of(loaded, loaded.calls, "backward")
+    count, ranks = _targets(targets)
+    if observed:
+        layers = tuple(tap for tap in (_tap(loaded, name) for name in layers_of(loaded)) if tap is not None)
+        made = opener.make(observed, count, ranks, layers)
+        yield "observation", made.data, made.profile
+    for number, request in enumerate(requests_of(loaded, loaded.calls, "through"), 1):
+        made = opener.make((request,), 1, 0)
+        yield f"rows {number}", made.data, made.profile
+
+
+def _targets(targets: Sequence[Target]) -> tuple[int, int]:
+    """Classes per image, and the greatest rank that is asked for."""
+    ranks = max((max(target.count, 1) for target in targets if target.kind in ("predicted", "top")), default=0)
+    return sum(target.count for target in targets), ranks
 
 
 def row_bytes(graph: Graph, requests: Sequence[Request], targets: int) -> int:
@@ -247,41 +271,53 @@ def requests_of(loaded: Loaded, calls: Iterable[MethodCall], kind: str) -> tuple
     return tuple(dict.fromkeys(asked))
 
 
+@dataclass(frozen=True, slots=True)
+class _Made:
+    """A backward graph, and how it is run."""
+
+    data: bytes
+    profile: Profile
+    outputs: tuple[Outputs, ...]
+    graph: Graph
+
+
 class _Opener:
-    def __init__(self, loaded: Loaded, session: Session, batch_size: int, threads: int | None, budget: int) -> None:
-        self._loaded, self._session, self._threads = loaded, session, threads
+    def __init__(
+        self, loaded: Loaded, backend: str, provider: str, batch_size: int, threads: int | None, budget: int
+    ) -> None:
+        self._loaded, self._backend, self._threads = loaded, backend, threads
+        self._provider = FORWARD_ONLY.get(provider, provider)
         self._budget = budget
         self._batch_size = batch_size
+        self._keep = [loaded.tap] if loaded.tap else []
         self._static = batch_size if batch_size in (1, loaded.model.input.batch) else None
         self._graphs: dict[tuple[bool, tuple[str, ...]], Graph] = {}
 
-    def open(
-        self,
-        requests: Sequence[Request],
-        targets: int,
-        ranks: int,
-        keep: Sequence[Tap],
-        layers: tuple[Tap, ...] = (),
-    ) -> Pass:
+    def make(
+        self, requests: Sequence[Request], targets: int, ranks: int, layers: tuple[Tap, ...] = ()
+    ) -> _Made:
         loaded = self._loaded
-        ends = {request: _tap(loaded, request.at) for request in requests}
-        names = list(dict.fromkeys(tap.name for tap in (*keep, *layers)))
+        names = list(dict.fromkeys(tap.name for tap in (*self._keep, *layers)))
         graph = canonical(loaded, requests, names, self._static, self._graphs)
-        built = build_for(loaded, graph, requests, targets, ranks, names)
+        portable = (self._backend, self._provider) in PORTABLE
+        built = build_for(loaded, graph, requests, targets, ranks, names, portable)
         size = self._batch_size
         if self._static is None:
             size = max(1, min(size, self._budget // max(1, row_bytes(graph, requests, targets))))
-        data = built.proto.SerializeToString()
-        outputs = dict(zip(requests, built.outputs, strict=True))
-        del built
-        provider = FORWARD_ONLY.get(self._session.provider, self._session.provider)
-        profile = Profile(size, "fp32", provider, self._threads, lean=True)
-        session = open_session(self._session.backend, data, profile)
-        tap = keep[0] if keep else None
+        profile = Profile(size, "fp32", self._provider, self._threads, lean=True)
+        return _Made(built.proto.SerializeToString(), profile, built.outputs, graph)
+
+    def open(self, requests: Sequence[Request], targets: int, ranks: int, layers: tuple[Tap, ...] = ()) -> Pass:
+        loaded = self._loaded
+        made = self.make(requests, targets, ranks, layers)
+        session = open_session(self._backend, made.data, made.profile)
+        graph, outputs = made.graph, dict(zip(requests, made.outputs, strict=True))
+        ends = {request: _tap(loaded, request.at) for request in requests}
+        tap = loaded.tap
         last = graph.shape(graph.image)[1:] == (*loaded.facts.size, loaded.spec.input_size[0])
         start = next((_tap(loaded, request.start_at) for request in requests if request.start_at), None)
         begins = None if start is None else (start, _tokens(start, graph.shape(start.name)))
-        image = loaded.model.input.name
+        size, image = made.profile.batch_size, loaded.model.input.name
         return Pass(session, image, last, loaded.scores, tap, outputs, ends, size, begins, layers)
 
 
@@ -302,7 +338,13 @@ def canonical(
 
 
 def build_for(
-    loaded: Loaded, graph: Graph, requests: Sequence[Request], targets: int, ranks: int, keep: Sequence[str]
+    loaded: Loaded,
+    graph: Graph,
+    requests: Sequence[Request],
+    targets: int,
+    ranks: int,
+    keep: Sequence[str],
+    portable: bool = False,
 ) -> Built:
     """`backward.build`, with refusals in the user's terms.
 
@@ -310,7 +352,7 @@ def build_for(
         InputError: an operator of the model has no rule.
     """
     try:
-        return build(graph, requests, targets, ranks, keep, bounds=loaded.bounds)
+        return build(graph, requests, targets, ranks, keep, portable, loaded.bounds)
     except ModelError as err:
         raise InputError(f"{loaded.model.path.name}: no backward graph: {err}") from None
 

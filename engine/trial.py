@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -11,13 +12,18 @@ import numpy as np
 from .. import BackendError, ModelError
 from .backends import Session, choose, open_session
 from .backends.base import Profile
-from .opening import DEFAULT_BATCH, Loaded, blank_batch, open_best, require_classes
+from .opening import DEFAULT_BATCH, Loaded, blank_batch, open_best, require_classes, row_shape
 from .types import Array
 
 TRIAL_SIZES = (8, 16, 32, 64)
 TRIAL_SECONDS = 8.0  # a trial batch predicted to take longer is not tried
 WORTH = 20 * DEFAULT_BATCH  # rows of planned work from which measuring batch sizes pays
 GAIN = 1.03  # a larger batch must be this much faster per row to be worth its memory
+TOP = 5  # classes that half precision should leave in front
+SLACK = 0.02  # of the range of a row's scores: two that are nearer than this may change places
+NO_MEMORY = ("failed to allocate memory", "bad_alloc", "out of memory", "out_of_memory", "alloc_failed")
+
+log = logging.getLogger("heatmill")
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,7 +31,7 @@ class Trial:
     """What one try of a model told: how it will be run, and how fast it is.
 
     `observe_seconds` and `through_seconds` are what an image's and a row's backward pass takes, where there is one, and
-    `head_seconds` what a row takes through the head alone.
+    `head_seconds` what a row takes through the head alone. `notes` is what a user was told of it.
     """
 
     backend: str
@@ -40,6 +46,7 @@ class Trial:
     observe_seconds: float = 0.0
     through_seconds: float = 0.0
     head_seconds: float = 0.0
+    notes: tuple[str, ...] = ()
 
 
 def try_model(
@@ -69,7 +76,11 @@ def try_model(
     size = batch_size or DEFAULT_BATCH
     if not free and fixed is not None:
         size = fixed
-    session = opened(size)
+    asked = size
+    size, session = _largest(opened, size, free and batch_size is None)
+    notes = (
+        [] if size == asked else [f"the memory does not hold a batch of {asked} rows; it is run in batches of {size}"]
+    )
     short = session.flexible and free and size != fixed  # a batch may be part-filled
     try:
         apart = _rows_apart(loaded, session, min(size, 2) if short else size)
@@ -85,6 +96,9 @@ def try_model(
             )
         size, free, short, session = 1, False, False, opened(1)
     classes = _check(loaded, session, 2 if short and size > 1 else size)
+    notes += check_scores(loaded, session, 2 if short and size > 1 else size)
+    for note in notes:
+        log.warning("%s: %s", loaded.model.path.name, note)
     trials: dict[int, float] = {}
     if free and batch_size is None and rows > WORTH:
         measured = session
@@ -95,13 +109,60 @@ def try_model(
         count = min(size, 8) if short else size
         speed = count / _seconds(loaded, session, count)
     found = (session.backend, session.provider, session.precision, session.version, size, free, classes, speed, trials)
-    return Trial(*found), session
+    return Trial(*found, notes=tuple(notes)), session
 
 
 def ran_out_of_memory(err: Exception) -> bool:
     """Whether an error of Python or of a runtime says that no memory was left."""
     text = str(err).lower()
-    return isinstance(err, MemoryError) or "failed to allocate memory" in text or "bad_alloc" in text
+    return isinstance(err, MemoryError) or any(words in text for words in NO_MEMORY)
+
+
+def _largest(opened: Callable[[int], Session], size: int, smaller: bool) -> tuple[int, Session]:
+    """A session for `size` rows; for half as many, again and again, where the memory does not hold them and they may
+    be fewer."""
+    while True:
+        try:
+            return size, opened(size)
+        except Exception as err:
+            if not smaller or size == 1 or not ran_out_of_memory(err):
+                raise
+            size //= 2
+
+
+def check_scores(loaded: Loaded, session: Session, rows: int) -> list[str]:
+    """Hold a session in half precision, made of a file in fp32, against the file on the CPU in fp32.
+
+    Both score a few smooth random images. Scores that are no longer numbers, or another class in front by more than
+    SLACK of the row's range, are refused; one of the first TOP classes lost by more than SLACK is a warning, which is
+    returned. Other sessions are not looked at.
+
+    Args:
+        rows: rows of a batch of the session.
+
+    Raises:
+        BackendError: the scores are not the model's.
+    """
+    if session.precision not in ("fp16", "bf16") or loaded.own_precision != "fp32":
+        return []
+    batch, key, count = _smooth_rows(loaded, rows), loaded.model.input.name, min(rows, 4)
+    plain = open_session("onnxruntime", loaded.serialized(dynamic=True), Profile(count, provider="cpu"))
+    found = session.run({key: batch}, [loaded.scores])[0][:count].reshape(count, -1).astype(np.float64)
+    wanted = plain.run({key: batch[:count]}, [loaded.scores])[0].reshape(count, -1).astype(np.float64)
+    name, way = f"{loaded.model.path.name}: in {session.precision}", "run it with --precision fp32"
+    if np.isfinite(wanted).all() and not np.isfinite(found).all():
+        raise BackendError(f"{name} some scores are not numbers; {way}")
+    for number, (half, full) in enumerate(zip(found, wanted, strict=True), 1):
+        slack = SLACK * (full.max() - full.min())
+        if full.max() - full[half.argmax()] > slack:
+            raise BackendError(
+                f"{name} class {half.argmax()} comes first on trial image {number}, "
+                f"in fp32 class {full.argmax()}; {way}"
+            )
+        least = np.sort(full)[-min(TOP, len(full))]
+        if full[np.argsort(half)[-TOP:]].min() < least - slack:
+            return [f"in {session.precision} the first {TOP} classes are not those of fp32 on trial image {number}"]
+    return []
 
 
 def batch_is_free(loaded: Loaded, backend: str, provider: str | None, precision: str) -> bool:
@@ -117,13 +178,17 @@ def batch_is_free(loaded: Loaded, backend: str, provider: str | None, precision:
     rows = _random_rows(loaded, 2)
     key = loaded.model.input.name
     try:
-        opened = open_session(name, loaded.serialized(dynamic=True), Profile(2, kind, door))
+        opened = open_session(
+            name, loaded.serialized(dynamic=True), Profile(2, kind, door, input_shape=row_shape(loaded))
+        )
         together = opened.run({key: rows}, [loaded.scores])[0]
     except BackendError:
         return False
     except Exception:  # a runtime's own error on a graph that was not made for this: the file's batch size is kept
         return False
-    original = open_session(name, loaded.serialized(dynamic=False), Profile(fixed, kind, door))
+    original = open_session(
+        name, loaded.serialized(dynamic=False), Profile(fixed, kind, door, input_shape=row_shape(loaded))
+    )
     alone = [original.run({key: np.repeat(row[None], fixed, axis=0)}, [loaded.scores])[0][0] for row in rows]
     same = len(together) == 2 and np.allclose(together.reshape(2, -1), np.reshape(alone, (2, -1)), rtol=1e-3, atol=1e-4)
     return bool(same)
@@ -155,6 +220,17 @@ def _random_rows(loaded: Loaded, rows: int, scale: float = 1.0) -> Array:
     """Random images in 0 .. `scale`, the same ones at every call; for uint8 networks in pixels."""
     values = np.random.default_rng(0).random(blank_batch(loaded, rows).shape) * scale
     return (values * 255 if loaded.model.input.dtype == "uint8" else values).astype(loaded.model.input.dtype)
+
+
+def _smooth_rows(loaded: Loaded, rows: int) -> Array:
+    """Random images that are smooth, as photographs are, in the network's range, the same ones at every call."""
+    low, high = (np.asarray(bound, np.float64) for bound in loaded.bounds)
+    (c, h, w), last = loaded.spec.input_size, loaded.model.input.layout == "NHWC"
+    grid = np.random.default_rng(0).random((rows, c, 8, 8))
+    y, x = (np.linspace(0, 7, side) for side in (h, w))
+    across = np.maximum(0, 1 - np.abs(y[:, None] - np.arange(8))), np.maximum(0, 1 - np.abs(x[:, None] - np.arange(8)))
+    images = low[:, None, None] + (high - low)[:, None, None] * np.einsum("ncij,hi,wj->nchw", grid, *across)
+    return np.ascontiguousarray(images.transpose(0, 2, 3, 1) if last else images).astype(loaded.model.input.dtype)
 
 
 def _rows_apart(loaded: Loaded, session: Session, rows: int) -> bool:

@@ -25,9 +25,10 @@ from heatmill.engine.jobs import plan as plans
 from heatmill.engine.jobs import sources, store
 from heatmill.engine.methods import METHODS, parse_method
 from tests.architectures import vit
+from tests.engine.test_trt import install
 
 ROOT = Path(__file__).resolve().parents[1]
-COMMANDS = ["bench", "demo", "doctor", "explain", "inspect", "methods", "report", "verify"]
+COMMANDS = ["bench", "compile", "demo", "doctor", "explain", "inspect", "methods", "report", "verify"]
 
 
 @pytest.fixture
@@ -571,6 +572,66 @@ def test_the_examples_of_the_help_run(heatmill, here, monkeypatch):
                 shutil.rmtree("run", ignore_errors=True)
             code, told, _ = heatmill(*shlex.split(line)[1:])
             assert (code, bool(told)) == (0, True), line
+
+
+# --- compile ------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def rtx(tmp_path, monkeypatch):
+    """A stand-in for TensorRT-RTX on a machine without a GPU, and a cache of the test's own."""
+    provider = install("rtx", tmp_path, monkeypatch)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    yield provider
+    sys.modules.pop("tensorrt_rtx", None)
+
+
+def test_plans_are_built_ahead(heatmill, here, tmp_path, rtx):
+    call = ("compile", "model.onnx", "--provider", rtx, "-m", "cf-cam", "-m", "saliency", "--precision", "fp16")
+    code, told, _ = heatmill(*call, "--json")
+    found = json.loads(told)
+    assert (code, found["provider"]) == (0, "rtx")
+    network, observation = found["graphs"]
+    assert (network["graph"], network["precision"], network["rows"]) == ("network", "fp16", 64)
+    assert (observation["graph"], observation["precision"]) == ("observation", "fp32")
+    for graph in found["graphs"]:
+        assert Path(graph["plan"]).is_relative_to(tmp_path / "cache" / "heatmill")
+        assert Path(graph["plan"]).stat().st_size == graph["bytes"]
+        assert (graph["cached"], graph["activation_bytes"] > 0) == (False, True)
+    code, told, _ = heatmill(*call)
+    assert code == 0
+    assert told.count("was there") == 2
+    code, told, _ = heatmill(*call, "--target-gpu", "sm_89", "--target-gpu", "sm_120", "--json")
+    assert [graph["target"] for graph in json.loads(told)["graphs"]] == ["sm_89", "sm_120"] * 2
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--target-gpu", "sm_90"], "--target-gpu sm_90: TensorRT-RTX 1.7.1.116 builds for sm_86, sm_89, sm_120"),
+        (["--precision", "int8"], "needs a quantised"),
+        (["--precision", "half"], "no precision 'half'"),
+        (["--provider", "cuda"], "backend tensorrt has no provider 'cuda'; known: tensorrt, rtx"),
+        (["--backend", "onnxruntime"], "backend onnxruntime builds nothing ahead of time; --backend tensorrt does"),
+        (["-m", "nonsense"], "nonsense"),
+    ],
+)
+def test_what_compile_refuses(heatmill, here, rtx, arguments, message):
+    assert message in refusal(heatmill, here, "compile", "model.onnx", *arguments)
+
+
+def test_compile_names_a_refused_operator(heatmill, here, rtx):
+    proto = onnx.load("model.onnx")
+    proto.graph.node[-1].output[0] = "raw"
+    proto.graph.node.append(helper.make_node("Unsqueeze", ["raw", "axis"], ["a"]))
+    proto.graph.node.append(helper.make_node("Concat", ["a"] * 5, ["square"], axis=1))
+    proto.graph.node.append(helper.make_node("Det", ["square"], ["det"], name="the volume"))
+    proto.graph.node.append(helper.make_node("Unsqueeze", ["det", "axis"], ["column"]))
+    proto.graph.node.append(helper.make_node("Add", ["raw", "column"], ["logits"]))
+    proto.graph.initializer.append(numpy_helper.from_array(np.array([1]), "axis"))
+    onnx.save(proto, "model.onnx")
+    line = refusal(heatmill, here, "compile", "model.onnx", "--provider", "rtx")
+    assert "tensorrt (rtx) refuses operator Det 'the volume'" in line
 
 
 # --- in a process of its own --------------------------------------------------------------------------------------

@@ -6,7 +6,7 @@ from importlib import import_module
 from typing import Any
 
 from ... import BackendError
-from .base import PRECISIONS, DeviceSession, Offer, Profile, Session, cpu_flags, first_line, usable_cores
+from .base import PRECISIONS, DeviceSession, Offer, Plan, Profile, Session, cpu_flags, first_line, usable_cores
 
 __all__ = [
     "BACKENDS",
@@ -14,14 +14,18 @@ __all__ = [
     "PRECISIONS",
     "DeviceSession",
     "Offer",
+    "Plan",
     "Profile",
     "Session",
+    "build_plan",
     "choose",
     "cpu_flags",
     "first_line",
     "open_session",
+    "pick_provider",
     "survey",
     "usable_cores",
+    "wanted_precision",
 ]
 
 BACKENDS: dict[str, str] = {"reference": ".reference", "onnxruntime": ".ort", "tensorrt": ".trt"}
@@ -54,9 +58,50 @@ def open_session(backend: str, model: bytes, profile: Profile) -> Session:
     return session
 
 
+def build_plan(backend: str, model: bytes, profile: Profile, target: str | None = None) -> Plan:
+    """Build what the named backend runs, ahead of time.
+
+    Args:
+        target: the GPU it is for, as sm_89; None is what the backend takes by itself.
+
+    Raises:
+        BackendError: it refuses the graph or the target.
+    """
+    plan: Plan = _door(backend).build_plan(model, profile, target)
+    return plan
+
+
 def survey() -> list[Offer]:
     """What every known backend gives on this machine."""
     return [offer for name in BACKENDS for offer in _door(name).survey()]
+
+
+def pick_provider(backend: str) -> str:
+    """The provider that a backend takes by itself.
+
+    Raises:
+        BackendError: it builds nothing ahead of time.
+    """
+    door = _door(backend)
+    if not hasattr(door, "pick_provider"):
+        raise BackendError(f"backend {backend} builds nothing ahead of time; --backend tensorrt does")
+    return str(door.pick_provider(None))
+
+
+def wanted_precision(precision: str, own: str) -> str:
+    """The precision in which a file is to run, where `own` is its own arithmetic, which `auto` takes.
+
+    Raises:
+        BackendError: no such precision, or not of this file.
+    """
+    wanted = own if precision == "auto" else precision
+    if wanted not in PRECISIONS:
+        raise BackendError(f"no precision {wanted!r}; known: auto, {', '.join(PRECISIONS)}")
+    if wanted == "int8" and own != "int8":
+        raise BackendError("precision int8 needs a quantised (QDQ) model file; this one is not")
+    if own != "fp32" and wanted != own:
+        raise BackendError(f"the model file is in {own}: it runs as it is (--precision auto), not in {wanted}")
+    return wanted
 
 
 def choose(backend: str, provider: str | None, precision: str, own: str) -> list[tuple[str, str, str]]:
@@ -69,13 +114,7 @@ def choose(backend: str, provider: str | None, precision: str, own: str) -> list
     Raises:
         BackendError: nothing on this machine gives it; says what each provider lacks.
     """
-    wanted = own if precision == "auto" else precision
-    if wanted not in PRECISIONS:
-        raise BackendError(f"no precision {wanted!r}; known: auto, {', '.join(PRECISIONS)}")
-    if wanted == "int8" and own != "int8":
-        raise BackendError("precision int8 needs a quantised (QDQ) model file; this one is not")
-    if own != "fp32" and wanted != own:
-        raise BackendError(f"the model file is in {own}: it runs as it is (--precision auto), not in {wanted}")
+    wanted = wanted_precision(precision, own)
     named = "onnxruntime" if backend == "auto" else backend
     known = _door(named).survey()
     if provider is None:
@@ -85,15 +124,18 @@ def choose(backend: str, provider: str | None, precision: str, own: str) -> list
     if not offers:
         names = ", ".join(offer.provider for offer in known)
         raise BackendError(f"backend {named} has no provider {provider!r}; known: {names}")
-    if wanted == "fp16" and own != "fp16":
-        if not any(offer.halves for offer in offers):
-            raise BackendError(
-                "precision fp16 needs a model file in half precision; this one is not "
-                "(--backend tensorrt and --provider cuda make one of it)"
-            )
-        offers = [offer for offer in offers if offer.halves]
-    fit = [(offer.backend, offer.provider, wanted) for offer in offers if wanted in offer.precisions]
+    made = wanted == "fp16" and own != "fp16"
+    fit = [
+        (offer.backend, offer.provider, wanted)
+        for offer in offers
+        if wanted in offer.precisions and (offer.halves or not made)
+    ]
     if not fit:
-        reasons = "; ".join(f"{offer.provider}: {offer.note}" for offer in offers)
+        reasons = "; ".join(f"{offer.provider}: {offer.note}" for offer in offers if offer.halves or not made)
+        if made:
+            raise BackendError(
+                "precision fp16 needs a model file in half precision; this one is not, and no backend here makes one "
+                f"of it ({reasons or f'nor does {named} on a CPU'})"
+            )
         raise BackendError(f"no {wanted} on this machine with backend {named} ({reasons})")
     return fit

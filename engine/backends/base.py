@@ -50,7 +50,8 @@ class Profile:
 class Offer:
     """A backend (and provider) on this machine: the precisions it gives, or why it can't be used.
 
-    `halves` says that a file in fp32 may be run in fp16 too; `by_name` that it is only taken where it is asked for.
+    `halves` says that a file in fp32 may be run in fp16 too; `by_name` that it is only taken where it is asked for;
+    `on_device` that it runs on a GPU.
     """
 
     backend: str
@@ -60,6 +61,24 @@ class Offer:
     note: str
     halves: bool = False
     by_name: bool = False
+    on_device: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """What a backend built of a graph, and what is known of it without opening it.
+
+    Attributes:
+        data: what the runtime's library made.
+        path: where it is kept.
+        about: the JSON beside it: inputs and outputs with shapes and types, rows, seconds, memory, key.
+        cached: whether it was there already.
+    """
+
+    data: bytes
+    path: Path
+    about: Mapping[str, Any]
+    cached: bool
 
 
 class Session(Protocol):

@@ -21,7 +21,6 @@ import tempfile
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
 from importlib import import_module, metadata
 from importlib.util import find_spec
 from pathlib import Path
@@ -34,7 +33,7 @@ from onnx import TensorProto, helper
 from ... import BackendError, ModelError
 from ...kernels.device import DeviceArray, Driver
 from ...models.graph.precision import HALF, typed
-from .base import Array, Offer, Profile, first_line, open_driver
+from .base import Array, Offer, Plan, Profile, first_line, open_driver
 
 LIBRARIES = {"tensorrt": "tensorrt", "rtx": "tensorrt_rtx"}  # provider -> module
 INSTALL = {
@@ -48,30 +47,13 @@ SCHEMA = 1  # of the cache: raise it where the same key would mean another plan
 log = logging.getLogger("heatmill")
 
 
-@dataclass(frozen=True, slots=True)
-class Plan:
-    """A built plan, and what is known of it without opening it.
-
-    Attributes:
-        data: what the library made.
-        path: where it is kept.
-        about: the JSON beside it: inputs and outputs with shapes and types, rows, seconds, memory, key.
-        cached: whether it was there already.
-    """
-
-    data: bytes
-    path: Path
-    about: Mapping[str, Any]
-    cached: bool
-
-
 def open(model: bytes, profile: Profile) -> TrtSession:
     """A session for a serialized model; its plan is built unless it is in the cache.
 
     Raises:
         BackendError: no library or GPU here, or an operator that TensorRT refuses (named).
     """
-    provider = _provider(profile)
+    provider = pick_provider(profile.provider)
     library = _library(provider)
     driver = open_driver(profile.device)
     for targets in ((driver.architecture,), ()):
@@ -102,7 +84,7 @@ def build_plan(model: bytes, profile: Profile, target: str | None = None) -> Pla
     Raises:
         BackendError: the library is missing, can't build for the target, needs a GPU, or refuses an operator (named).
     """
-    provider = _provider(profile)
+    provider = pick_provider(profile.provider)
     library = _library(provider)
     portable = hasattr(library, "ComputeCapability")
     if target is not None and not portable:
@@ -126,15 +108,17 @@ def survey() -> list[Offer]:
     offers = []
     for provider, module in LIBRARIES.items():
         if find_spec(module) is None:
-            offers.append(Offer("tensorrt", provider, "", (), f"not installed: {INSTALL[provider]}", True))
+            offers.append(
+                Offer("tensorrt", provider, "", (), f"not installed: {INSTALL[provider]}", True, on_device=True)
+            )
             continue
         version = _version(module)
         if driver is None:
             note = f"{reason}; heatmill compile builds ahead" if provider == "rtx" else reason
-            offers.append(Offer("tensorrt", provider, version, (), note, True))
+            offers.append(Offer("tensorrt", provider, version, (), note, True, on_device=True))
         else:
             note = f"{driver.device}, {driver.architecture}; int8 as the file has it"
-            offers.append(Offer("tensorrt", provider, version, GIVES, note, True))
+            offers.append(Offer("tensorrt", provider, version, GIVES, note, True, on_device=True))
     return offers
 
 
@@ -294,7 +278,10 @@ class _Order:
         targets: tuple[str, ...],
         driver: Driver | None,
     ) -> None:
-        proto = onnx.load_model_from_string(model)
+        try:
+            proto = onnx.load_model_from_string(model)
+        except Exception as err:
+            raise BackendError(f"tensorrt refuses the model: {first_line(err)}") from err
         if profile.precision in HALF:
             try:
                 proto = typed(proto, profile.precision, half_input=profile.precision == "fp16")
@@ -312,6 +299,10 @@ class _Order:
             "tf32": profile.precision == "tf32",
             "targets": list(targets) if portable else [],
         }
+        if not portable:
+            self._targets = driver.device if driver else "this GPU"
+        else:
+            self._targets = ", ".join(targets) or "every GPU that the library builds for"
         self._document = {
             "schema": SCHEMA,
             "graph": hashlib.sha256(self._graph).hexdigest(),
@@ -349,6 +340,7 @@ class _Order:
             data = (folder / "plan").read_bytes()
         about = {
             **answer,
+            "targets": self._targets,
             "rows": self._options["rows"],
             "seconds": round(time.monotonic() - start, 2),
             "sha256": hashlib.sha256(data).hexdigest(),
@@ -498,12 +490,17 @@ def _types(described: Mapping[str, Mapping[str, Any]]) -> dict[str, np.dtype[Any
     }
 
 
-def _provider(profile: Profile) -> str:
-    if profile.provider is None:
+def pick_provider(provider: str | None) -> str:
+    """The asked provider, or the first that is installed.
+
+    Raises:
+        BackendError: it is not one of TensorRT's.
+    """
+    if provider is None:
         return next((name for name, module in LIBRARIES.items() if find_spec(module) is not None), "tensorrt")
-    if profile.provider not in LIBRARIES:
-        raise BackendError(f"backend tensorrt has no provider {profile.provider!r}; known: {', '.join(LIBRARIES)}")
-    return profile.provider
+    if provider not in LIBRARIES:
+        raise BackendError(f"backend tensorrt has no provider {provider!r}; known: {', '.join(LIBRARIES)}")
+    return provider
 
 
 def _library(provider: str) -> Any:

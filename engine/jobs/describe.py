@@ -22,7 +22,8 @@ from ..types import MethodCall
 from .probe import probe
 
 FLAGS = ("avx2", "avx512f", "avx512_vnni", "avx512_bf16", "amx_bf16", "amx_int8")
-PACKAGES = ("onnx", "onnxruntime", "onnxruntime-ep-openvino", "numpy", "pyarrow", "pillow", "simplejpeg")
+RUNTIMES = ("onnxruntime", "onnxruntime-gpu", "onnxruntime-ep-openvino", "tensorrt", "tensorrt-rtx")
+PACKAGES = ("onnx", *RUNTIMES, "numpy", "pyarrow", "pillow", "simplejpeg")
 
 
 def describe(
@@ -222,7 +223,7 @@ def doctor() -> dict[str, Any]:
     picks: dict[str, Any] = {}
     for precision in PRECISIONS:
         try:
-            fits = choose("auto", None, precision, "fp32" if precision == "bf16" else precision)
+            fits = choose("auto", None, precision, precision if precision in ("fp16", "int8") else "fp32")
         except BackendError as err:
             picks[precision] = {"pick": None, "why": str(err)}
         else:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import multiprocessing
 import os
 import pickle
@@ -9,12 +10,13 @@ import resource
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from multiprocessing.connection import Connection
+from pathlib import Path
 from typing import Any
 
 import psutil
 
 from ... import HeatmillError, ModelError
-from ..backends import first_line
+from ..backends import first_line, survey
 from ..opening import Loaded, blank_batch, load
 from ..passes import open_passes, row_seconds
 from ..trial import Trial, ran_out_of_memory, try_model
@@ -22,6 +24,8 @@ from ..types import Target
 from .child import describe_exit, settle, shielded
 
 DEADLINE = 180.0
+
+log = logging.getLogger("heatmill")
 
 
 def probe(
@@ -70,6 +74,8 @@ def probe(
     if isinstance(answer, Exception):
         raise answer
     result: Trial = answer
+    for note in result.notes:  # what the child itself says is not heard
+        log.warning("%s: %s", Path(name).name, note)
     return result
 
 
@@ -77,10 +83,11 @@ def _child(answers: Connection, memory: int, options: tuple[Any, ...]) -> None:
     settle()
     with open(os.devnull, "w") as nowhere:
         os.dup2(nowhere.fileno(), 2)  # runtimes write their own lines on a failure, beside the error they raise
-    _limit_memory(memory)
     name = str(options[0]["model"])
     answer: Trial | Exception
     try:
+        if not any(offer.on_device and offer.precisions for offer in survey()):
+            _limit_memory(memory)  # not beside a GPU: its driver maps more addresses than there is memory
         arguments, targets, *how = options
         answer = _tried(load(**arguments), targets, how)
     except HeatmillError as err:
