@@ -592,7 +592,7 @@ def test_plans_are_built_ahead(heatmill, here, tmp_path, rtx):
     found = json.loads(told)
     assert (code, found["provider"]) == (0, "rtx")
     network, observation = found["graphs"]
-    assert (network["graph"], network["precision"], network["rows"]) == ("network", "fp16", 64)
+    assert (network["graph"], network["precision"], network["rows"]) == ("network", "fp16", 32)
     assert (observation["graph"], observation["precision"]) == ("observation", "fp32")
     for graph in found["graphs"]:
         assert Path(graph["plan"]).is_relative_to(tmp_path / "cache" / "heatmill")

@@ -32,7 +32,7 @@ from onnx import TensorProto, helper
 
 from ... import BackendError, ModelError
 from ...kernels.device import DeviceArray, Driver
-from ...models.graph.precision import HALF, typed
+from ...models.graph.precision import HALF, describe_outputs, typed
 from .base import Array, Offer, Plan, Profile, first_line, open_driver
 
 LIBRARIES = {"tensorrt": "tensorrt", "rtx": "tensorrt_rtx"}  # provider -> module
@@ -41,7 +41,7 @@ INSTALL = {
     "rtx": "pip install 'heatmill[rtx]'",
 }
 GIVES = ("fp32", "tf32", "bf16", "fp16", "int8")
-LADDER = (1, 16, 64, 256, 1024, 4096)  # a plan is built for up to so many rows, and serves every smaller batch
+LADDER = (1, 8, 32, 64, 256, 1024, 4096)  # a plan is built for up to so many rows, and serves every smaller batch
 SCHEMA = 1  # of the cache: raise it where the same key would mean another plan
 
 log = logging.getLogger("heatmill")
@@ -282,11 +282,12 @@ class _Order:
             proto = onnx.load_model_from_string(model)
         except Exception as err:
             raise BackendError(f"tensorrt refuses the model: {first_line(err)}") from err
-        if profile.precision in HALF:
-            try:
+        try:
+            if profile.precision in HALF:
                 proto = typed(proto, profile.precision, half_input=profile.precision == "fp16")
-            except ModelError as err:
-                raise BackendError(f"tensorrt: {err}") from err
+            describe_outputs(proto)
+        except ModelError as err:
+            raise BackendError(f"tensorrt: {err}") from err
         self._graph = proto.SerializeToString(deterministic=True)
         self._provider = provider
         rows = _rows(proto, profile.batch_size)
@@ -355,19 +356,19 @@ class _Order:
         return Plan(data, self._path, about, False)
 
     def _tell_of_others(self) -> None:
-        """Say why a plan of the same graph does not serve."""
+        """Say why the plan of the same graph that comes nearest does not serve."""
+        reasons: list[list[str]] = []
         for path in self._path.parent.glob("*.json") if self._path.parent.is_dir() else ():
             try:
                 key = json.loads(path.read_text())["key"]
+                if all(key[name] == self._document[name] for name in ("schema", "graph", "options", "precision")):
+                    differ = [name for name in ("version", "device", "platform") if key[name] != self._document[name]]
+                    reasons.append([f"{name} {key[name]}" for name in differ])
             except (OSError, ValueError, KeyError, TypeError):
                 continue
-            same = {"schema", "graph", "options", "precision"}
-            if any(key.get(name) != self._document[name] for name in same):
-                continue
-            for name in ("version", "device", "platform"):
-                if key.get(name) != self._document[name]:
-                    log.warning("%s: the plan is of the %s %s; it is built anew", path.name, name, key.get(name))
-                    return
+        nearest = min(filter(None, reasons), key=len, default=None)
+        if nearest:
+            log.warning("a kept plan of this graph is of %s; it is built anew", " and ".join(nearest))
 
 
 def _in_child(folder: Path, provider: str) -> dict[str, Any]:

@@ -8,7 +8,7 @@ stays in fp32.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -94,6 +94,30 @@ def is_typed(proto: onnx.ModelProto, types: Mapping[str, int] | None = None) -> 
     )
 
 
+def describe_outputs(proto: onnx.ModelProto) -> None:
+    """Give every output its type and shape, in place: taps have none, and TensorRT asks for them.
+
+    Raises:
+        ModelError: a type that can't be worked out.
+    """
+    values = _described(proto.graph.output, _values(proto))
+    del proto.graph.output[:]
+    proto.graph.output.extend(values)
+
+
+def _described(outputs: Iterable[onnx.ValueInfoProto], values: Values) -> list[onnx.ValueInfoProto]:
+    described = []
+    for value in outputs:
+        name = value.name
+        if value.type.tensor_type.elem_type and value.type.tensor_type.HasField("shape"):
+            described.append(_copy_value(value))
+        elif name in values.types:
+            described.append(helper.make_tensor_value_info(name, values.types[name], values.shapes.get(name)))
+        else:
+            raise ModelError(f"the type of {name!r} can't be worked out")
+    return described
+
+
 class _Typing:
     """One walk over the nodes in order: which type each value is carried in, and the casts between."""
 
@@ -126,16 +150,10 @@ class _Typing:
         made.metadata_props.extend(self.proto.metadata_props)
         made.producer_name, made.graph.name = self.proto.producer_name, graph.name
         made.graph.input.extend(inputs)
-        made.graph.output.extend(self._described(value) for value in graph.output)
+        made.graph.output.extend(_described(graph.output, self.values))
         made.graph.node.extend(self.nodes)
         made.graph.initializer.extend(tensor for name, tensor in self.tensors.items() if name in read)
         return made
-
-    def _described(self, value: onnx.ValueInfoProto) -> onnx.ValueInfoProto:
-        """An output with its type and shape, which taps lack."""
-        if value.type.tensor_type.HasField("shape"):
-            return value
-        return helper.make_tensor_value_info(value.name, self._type(value.name), self.values.shapes.get(value.name))
 
     def _constant(self, node: onnx.NodeProto) -> bool:
         """A Constant in fp32 becomes a tensor of the graph, to be cast like the others."""
