@@ -24,7 +24,7 @@ import onnxruntime as ort
 from ... import BackendError, ModelError
 from ...kernels.device import DeviceArray, Driver
 from ...models.graph.precision import HALF, typed
-from .base import Array, Offer, Profile, cpu_flags, first_line, open_driver, usable_cores
+from .base import Array, DeviceSession, Offer, Profile, Session, cpu_flags, first_line, open_driver, usable_cores
 
 OPENVINO = "OpenVINOExecutionProvider"
 HINTS = {"fp32": "f32", "bf16": "bf16"}
@@ -123,7 +123,7 @@ class OrtDeviceSession(OrtSession):
         self._session.run_with_iobinding(binding, options)
 
 
-def open(model: bytes, profile: Profile) -> OrtSession:
+def open(model: bytes, profile: Profile) -> Session:
     """A session for a serialized model.
 
     Raises:
@@ -154,7 +154,7 @@ def open(model: bytes, profile: Profile) -> OrtSession:
     return OrtSession(session, provider, profile.precision, flexible=provider == "cpu")
 
 
-def _on_device(model: bytes, options: Any, profile: Profile, provider: str) -> OrtDeviceSession:
+def _on_device(model: bytes, options: Any, profile: Profile, provider: str) -> DeviceSession:
     """Every node on the GPU, on a stream of the driver's, or a refusal."""
     found = DEVICES[provider]
     driver = open_driver(profile.device)
@@ -163,9 +163,10 @@ def _on_device(model: bytes, options: Any, profile: Profile, provider: str) -> O
     settings = {"device_id": str(profile.device), "user_compute_stream": str(stream)}
     settings.update(found.options.get(profile.precision, {}))
     options.add_session_config_entry("session.disable_cpu_ep_fallback", "1")
+    devices = _plugin_devices(profile.device) if provider == "nv-tensorrt-rtx" else []
     try:
-        if provider == "nv-tensorrt-rtx":
-            options.add_provider_for_devices(_plugin_devices(profile.device), settings)
+        if devices:
+            options.add_provider_for_devices(devices, settings)
             session = ort.InferenceSession(data, options, enable_fallback=0)
         else:
             _preload()

@@ -30,10 +30,10 @@ import numpy as np
 import onnx
 from onnx import TensorProto, helper
 
-from ... import BackendError, ModelError
+from ... import BackendError
 from ...kernels.device import DeviceArray, Driver
 from ...models.graph.precision import HALF, describe_outputs, typed
-from .base import Array, Offer, Plan, Profile, first_line, open_driver
+from .base import Array, DeviceSession, Offer, Plan, Profile, first_line, open_driver
 
 LIBRARIES = {"tensorrt": "tensorrt", "rtx": "tensorrt_rtx"}  # provider -> module
 INSTALL = {
@@ -47,7 +47,7 @@ SCHEMA = 1  # of the cache: raise it where the same key would mean another plan
 log = logging.getLogger("heatmill")
 
 
-def open(model: bytes, profile: Profile) -> TrtSession:
+def open(model: bytes, profile: Profile) -> DeviceSession:
     """A session for a serialized model; its plan is built unless it is in the cache.
 
     Raises:
@@ -56,13 +56,19 @@ def open(model: bytes, profile: Profile) -> TrtSession:
     provider = pick_provider(profile.provider)
     library = _library(provider)
     driver = open_driver(profile.device)
-    for targets in ((driver.architecture,), ()):
-        known = _Order(model, profile, provider, library, targets, driver)
-        plan = known.cached()
+    graph = _graph(model, profile)
+    own = _capability(driver.architecture) in getattr(getattr(library, "ComputeCapability", None), "__members__", ())
+    orders = [
+        _Order(graph, profile, provider, library, targets, driver)
+        for targets in ([(driver.architecture,), ()] if own else [()])
+    ]
+    for order in orders:
+        plan = order.cached()
         if plan is not None:
             break
     else:
-        plan = known.built()
+        order = orders[0]
+        plan = order.built()
     try:
         return TrtSession(library, plan, profile, provider, driver)
     except _Unusable as err:
@@ -70,7 +76,7 @@ def open(model: bytes, profile: Profile) -> TrtSession:
             raise BackendError(str(err)) from err
         log.warning("%s: a kept plan can't be used here (%s); it is built anew", plan.path.name, err)
     try:
-        return TrtSession(library, known.built(), profile, provider, driver)
+        return TrtSession(library, order.built(), profile, provider, driver)
     except _Unusable as err:
         raise BackendError(str(err)) from err
 
@@ -94,7 +100,7 @@ def build_plan(model: bytes, profile: Profile, target: str | None = None) -> Pla
         known = ", ".join(name.lower().replace("sm", "sm_") for name in names)
         raise BackendError(f"--target-gpu {target}: TensorRT-RTX {library.__version__} builds for {known}")
     driver = None if portable else open_driver(profile.device)
-    order = _Order(model, profile, provider, library, (target,) if target else (), driver)
+    order = _Order(_graph(model, profile), profile, provider, library, (target,) if target else (), driver)
     return order.cached() or order.built()
 
 
@@ -259,6 +265,8 @@ class TrtSession:
         return DeviceArray(pointer, shape, dtype, self)
 
     def __del__(self) -> None:
+        if getattr(self, "_buffers", None):
+            self.driver.synchronize(self.stream)
         for pointer, _ in getattr(self, "_buffers", {}).values():
             self.driver.free(pointer)
 
@@ -271,23 +279,13 @@ class _Order:
 
     def __init__(
         self,
-        model: bytes,
+        proto: onnx.ModelProto,
         profile: Profile,
         provider: str,
         library: Any,
         targets: tuple[str, ...],
         driver: Driver | None,
     ) -> None:
-        try:
-            proto = onnx.load_model_from_string(model)
-        except Exception as err:
-            raise BackendError(f"tensorrt refuses the model: {first_line(err)}") from err
-        try:
-            if profile.precision in HALF:
-                proto = typed(proto, profile.precision, half_input=profile.precision == "fp16")
-            describe_outputs(proto)
-        except ModelError as err:
-            raise BackendError(f"tensorrt: {err}") from err
         self._graph = proto.SerializeToString(deterministic=True)
         self._provider = provider
         rows = _rows(proto, profile.batch_size)
@@ -303,7 +301,7 @@ class _Order:
         if not portable:
             self._targets = driver.device if driver else "this GPU"
         else:
-            self._targets = ", ".join(targets) or "every GPU that the library builds for"
+            self._targets = ", ".join(targets) or "every GPU that the library takes by itself"
         self._document = {
             "schema": SCHEMA,
             "graph": hashlib.sha256(self._graph).hexdigest(),
@@ -320,11 +318,12 @@ class _Order:
         try:
             about = json.loads(self._path.with_suffix(".json").read_text())
             data = self._path.read_bytes()
-        except FileNotFoundError:
+        except (FileNotFoundError, NotADirectoryError):
             return None
         except (OSError, ValueError):
-            about, data = {}, b""
-        if about.get("sha256") != hashlib.sha256(data).hexdigest() or about.get("key") != self._document:
+            about, data = None, b""
+        whole = {"sha256": hashlib.sha256(data).hexdigest(), "key": self._document}
+        if not isinstance(about, dict) or any(about.get(name) != value for name, value in whole.items()):
             log.warning("%s: the kept plan is damaged; it is built anew", self._path.name)
             return None
         return Plan(data, self._path, about, True)
@@ -369,6 +368,18 @@ class _Order:
         nearest = min(filter(None, reasons), key=len, default=None)
         if nearest:
             log.warning("a kept plan of this graph is of %s; it is built anew", " and ".join(nearest))
+
+
+def _graph(model: bytes, profile: Profile) -> onnx.ModelProto:
+    """The graph in the profile's precision, every output with its type."""
+    try:
+        proto = onnx.load_model_from_string(model)
+        if profile.precision in HALF:
+            proto = typed(proto, profile.precision, half_input=profile.precision == "fp16")
+        describe_outputs(proto)
+    except Exception as err:  # no ONNX file, or one whose types can't be worked out
+        raise BackendError(f"tensorrt refuses the model: {first_line(err)}") from err
+    return proto
 
 
 def _in_child(folder: Path, provider: str) -> dict[str, Any]:
@@ -537,8 +548,13 @@ def _cache_folder() -> Path:
 def _write(path: Path, data: bytes) -> None:
     """By a rename: a reader sees all of it or nothing."""
     with tempfile.NamedTemporaryFile(dir=path.parent, prefix=".", delete=False) as file:
-        file.write(data)
-    os.replace(file.name, path)
+        try:
+            file.write(data)
+            file.flush()
+            os.replace(file.name, path)
+        except OSError:
+            os.unlink(file.name)
+            raise
 
 
 def _main(folder: Path) -> None:

@@ -223,7 +223,7 @@ def test_a_damaged_plan_is_built_anew(broken, provider, tmp_path, driver, caplog
     trt.open(data, profile)
     assert "is damaged; it is built anew" in caplog.text
     if broken == ".plan":
-        assert path.read_bytes() == whole
+        assert trt.build_plan(data, profile).data == path.read_bytes() == whole
 
 
 def test_another_version_is_another_plan(tmp_path, monkeypatch, driver, caplog):
@@ -296,6 +296,15 @@ def test_rtx_keeps_the_kernels_that_it_made(rtx, tmp_path, driver):
     assert path.read_bytes() == b"kernels"
     trt.open(data, profile)
     assert ("runtime cache read", b"kernels") in fake.CALLS
+
+
+def test_a_run_builds_for_the_gpu_that_is_there(rtx, tmp_path, driver):
+    data = made.vgg().SerializeToString()
+    trt.open(data, profiled(rtx, tmp_path))
+    assert kept(tmp_path)["targets"] == ["SM89"]
+    driver.architecture = "sm_90"  # which the library does not know: it says so itself when the plan is opened
+    trt.open(data, profiled(rtx, tmp_path / "other"))
+    assert kept(tmp_path / "other")["targets"] == []
 
 
 def test_a_plan_for_one_gpu_is_found_there(rtx, tmp_path, driver, monkeypatch):
