@@ -293,9 +293,7 @@ class _Opener:
         self._static = batch_size if batch_size in (1, loaded.model.input.batch) else None
         self._graphs: dict[tuple[bool, tuple[str, ...]], Graph] = {}
 
-    def make(
-        self, requests: Sequence[Request], targets: int, ranks: int, layers: tuple[Tap, ...] = ()
-    ) -> _Made:
+    def make(self, requests: Sequence[Request], targets: int, ranks: int, layers: tuple[Tap, ...] = ()) -> _Made:
         loaded = self._loaded
         names = list(dict.fromkeys(tap.name for tap in (*self._keep, *layers)))
         graph = canonical(loaded, requests, names, self._static, self._graphs)
