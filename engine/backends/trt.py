@@ -85,7 +85,7 @@ def build_plan(model: bytes, profile: Profile, target: str | None = None) -> Pla
     """Build a plan, or find it in the cache, without running it.
 
     Args:
-        target: the GPU it is for, as sm_89; None is every GPU that the library builds for, or the one of this machine.
+        target: the GPU it is for, as sm_89; None is every GPU that the library takes by itself, or this one.
 
     Raises:
         BackendError: the library is missing, can't build for the target, needs a GPU, or refuses an operator (named).
@@ -95,10 +95,12 @@ def build_plan(model: bytes, profile: Profile, target: str | None = None) -> Pla
     portable = hasattr(library, "ComputeCapability")
     if target is not None and not portable:
         raise BackendError("--target-gpu: only TensorRT-RTX builds for other GPUs (--provider rtx)")
-    if target is not None and not hasattr(library.ComputeCapability, _capability(target)):
+    if target is not None:
         names = [name for name in library.ComputeCapability.__members__ if re.fullmatch(r"SM\d+", name)]
-        known = ", ".join(name.lower().replace("sm", "sm_") for name in names)
-        raise BackendError(f"--target-gpu {target}: TensorRT-RTX {library.__version__} builds for {known}")
+        known = [name.lower().replace("sm", "sm_") for name in names]
+        if target not in known:
+            builds = f"TensorRT-RTX {library.__version__} builds for {', '.join(known)}"
+            raise BackendError(f"--target-gpu {target}: {builds}")
     driver = None if portable else open_driver(profile.device)
     order = _Order(_graph(model, profile), profile, provider, library, (target,) if target else (), driver)
     return order.cached() or order.built()
