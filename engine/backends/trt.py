@@ -37,7 +37,7 @@ from .base import Array, DeviceSession, Offer, Plan, Profile, first_line, open_d
 
 LIBRARIES = {"tensorrt": "tensorrt", "rtx": "tensorrt_rtx"}  # provider -> module
 INSTALL = {
-    "tensorrt": "pip install tensorrt --extra-index-url https://pypi.nvidia.com",
+    "tensorrt": "install tensorrt from NVIDIA's own package index",
     "rtx": "pip install 'heatmill[rtx]'",
 }
 GIVES = ("fp32", "tf32", "bf16", "fp16", "int8")

@@ -354,7 +354,7 @@ def test_what_is_missing_is_named(tmp_path, monkeypatch):
     assert offers.keys() == trt.LIBRARIES.keys()
     assert all(offer.precisions == () for offer in offers.values())
     assert "pip install 'heatmill[rtx]'" in offers["rtx"].note
-    assert "--extra-index-url https://pypi.nvidia.com" in offers["tensorrt"].note
+    assert "NVIDIA's own package index" in offers["tensorrt"].note
     monkeypatch.setattr(trt, "import_module", lambda name: (_ for _ in ()).throw(OSError("libnvinfer.so: not found")))
     with pytest.raises(BackendError, match=r"\(rtx\) can't be loaded \(libnvinfer.so: not found\): pip install"):
         trt.open(b"", Profile(1, provider="rtx"))
