@@ -192,6 +192,20 @@ def test_gradients_against_finite_differences(opened):
         assert abs(difference - (gradient * way).sum()) < 1e-5 * size
 
 
+def test_float32_stays_near_float64(opened):
+    """By ONNX Runtime, to 1e-3 of the gradient at the image and 1e-5 at the last map, where no ReLU decides otherwise."""
+    ends, image = [opened.tap.name, ""], opened.images(1)
+    feed = {made.IMAGE: image, TARGETS: np.array([[4]])}
+    exact, rough = (
+        build(opened.graph(dtype), [Request(at=end) for end in ends], targets=1) for dtype in (np.float64, np.float32)
+    )
+    wanted = on_reference(exact.proto, {**feed, made.IMAGE: image.astype(np.float64)})
+    found = on_onnxruntime(rough.proto, feed)
+    for output, tolerance in zip(exact.outputs, (1e-5, 1e-3), strict=True):
+        (name,) = output.values
+        assert_alike(found[name], wanted[name], tolerance, name)
+
+
 def test_only_a_max_pool_has_a_form_of_its_own_for_tensorrt(opened):
     graph = opened.graph()
     protos = [build(graph, [Request()], targets=1, portable=portable).proto for portable in (True, False)]
