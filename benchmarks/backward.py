@@ -67,7 +67,7 @@ def ours(model: Path, layer: str, batch: np.ndarray, method: str) -> Report:
     if " " in method:
         loaded = replace(loaded, facts=replace(loaded.facts, head="measured without it"))
     session = open_best(loaded, batch_size=len(batch))
-    passes = open_passes(loaded, session, [Target("predicted")], len(batch), image_batch=len(batch))
+    passes = open_passes(loaded, session, [Target("predicted")], len(batch), budget=1 << 60)
     key = loaded.model.input.name
     targets = np.full((len(batch), 1), -1)
 
@@ -171,7 +171,7 @@ def memory(model: Path, layer: str, batch: np.ndarray, method: str) -> Report:
     values = [op.outputs[0] for op in graph.ops]
     stored = sum(4 * math.prod(size or 1 for size in graph.shape(name)) for name in values) / 2**20
     del graph
-    passes = open_passes(loaded, session, [Target("predicted")], len(batch), image_batch=len(batch))
+    passes = open_passes(loaded, session, [Target("predicted")], len(batch), budget=1 << 60)
     loaded.release()
     if passes.observe is None:
         raise SystemExit(f"{method} needs no backward graph")
