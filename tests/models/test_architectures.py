@@ -193,7 +193,7 @@ def test_gradients_against_finite_differences(opened):
 
 
 def test_float32_stays_near_float64(opened):
-    """By ONNX Runtime: to 1e-3 of the gradient at the image and 1e-5 at the last map; no ReLU decides otherwise here."""
+    """By ONNX Runtime: to 1e-3 of the gradient at the image, 1e-5 at the last map; no ReLU decides otherwise here."""
     ends, image = [opened.tap.name, ""], opened.images(1)
     feed = {made.IMAGE: image, TARGETS: np.array([[4]])}
     exact, rough = (
