@@ -14,8 +14,14 @@ from typing import Any, Protocol
 import numpy as np
 import numpy.typing as npt
 
+from .. import BackendError
+
 Array = npt.NDArray[Any]
 Argument = int | np.generic
+
+
+class OutOfMemory(BackendError):
+    """The device has no room for an allocation; a smaller batch may fit."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,9 +64,13 @@ class Driver(Protocol):
     device: str
     architecture: str
 
-    def alloc(self, nbytes: int) -> int: ...
+    def alloc(self, nbytes: int) -> int:
+        """Memory at a multiple of 256 bytes, or OutOfMemory."""
+        ...
 
-    def free(self, pointer: int) -> None: ...
+    def free(self, pointer: int) -> None:
+        """Give memory back, once what is queued so far has run."""
+        ...
 
     def memory(self) -> tuple[int, int]:
         """Free and total bytes."""

@@ -35,8 +35,8 @@ def _resize_matrix32(n_in: int, n_out: int, rule: str) -> Array:
 
 
 @lru_cache(maxsize=64)
-def _corner_rows(n_in: int, n_out: int, rule: str) -> Array:
-    """The rows of the resize matrix where a bilinear surface can have its extremes: next to the source samples.
+def corners(n_in: int, n_out: int, rule: str) -> Array:
+    """The output positions where a bilinear surface can have its extremes: next to the source samples.
 
     Between two samples the surface is linear along each axis, so its extremes over the rows that fall there are at the
     first and last of them.
@@ -45,8 +45,12 @@ def _corner_rows(n_in: int, n_out: int, rule: str) -> Array:
     cells = np.minimum(positions.astype(int), max(n_in - 2, 0))
     order = np.lexsort((positions, cells))
     edge = np.diff(cells[order], prepend=-1, append=n_in) != 0
-    rows = np.unique(np.concatenate([order[edge[:-1]], order[edge[1:]]]))
-    return np.asarray(resize_matrix(n_in, n_out, rule)[rows])
+    return np.unique(np.concatenate([order[edge[:-1]], order[edge[1:]]]))
+
+
+@lru_cache(maxsize=64)
+def _corner_rows(n_in: int, n_out: int, rule: str) -> Array:
+    return np.asarray(resize_matrix(n_in, n_out, rule)[corners(n_in, n_out, rule)])
 
 
 def upsample(maps: Array, size: tuple[int, int], rule: str = "half-pixel", out: Array | None = None) -> Array:
@@ -104,6 +108,11 @@ def segment_means(image: Array, segments: Array) -> Array:
     return np.stack(means)[:, segments].astype(np.float32)
 
 
+def rank_masks(ranks: Array, thresholds: Array) -> Array:
+    """Masks (n, H, W) float32 of the ranks from a threshold on; see `reference.rank_masks`."""
+    return (ranks >= thresholds[:, None, None]).astype(np.float32)
+
+
 def blend(
     image: Array, masks: Array, baseline: Array | None = None, layout: str = "NCHW", out: Array | None = None
 ) -> Array:
@@ -129,16 +138,20 @@ def blend(
     return out
 
 
+def gaussian(kernel_size: int, sigma: float) -> Array:
+    """The taps (kernel_size,) float64 of a Gaussian; they sum to 1."""
+    half = kernel_size // 2
+    taps = np.exp(-(np.arange(-half, half + 1) ** 2) / (2 * sigma * sigma))
+    return np.asarray(taps / taps.sum())
+
+
 @lru_cache(maxsize=8)
 def _blur_matrix(n: int, kernel_size: int, sigma: float) -> Array:
-    half = kernel_size // 2
-    distance = np.arange(-half, half + 1)
-    taps = np.exp(-(distance**2) / (2 * sigma * sigma))
-    taps /= taps.sum()
+    taps = gaussian(kernel_size, sigma)
     matrix = np.zeros((n, n))
     for i in range(n):
-        for d, tap in zip(distance, taps, strict=True):
-            matrix[i, reflect(i + int(d), n)] += tap
+        for d, tap in enumerate(taps, -(kernel_size // 2)):
+            matrix[i, reflect(i + d, n)] += tap
     return matrix.astype(np.float32)
 
 
@@ -149,17 +162,33 @@ def blur(image: Array, kernel_size: int, sigma: float) -> Array:
     return np.asarray(rows @ (image.astype(np.float32) @ columns.T), dtype=image.dtype)
 
 
+def posteriors(raw: Array, kind: str) -> Array:
+    """Posteriors (n, classes) float32 of raw scores; see `reference.posteriors`."""
+    raw = raw.astype(np.float32, copy=False)
+    if kind == "softmax":
+        powers = np.exp(raw - raw.max(axis=1, keepdims=True))
+        return np.asarray(powers / powers.sum(axis=1, keepdims=True))
+    return _sigmoid(raw) if kind == "sigmoid" else raw
+
+
 def class_scores(raw: Array, targets: Array, kind: str) -> Array:
     """Scores (n, k) float32 of the asked classes; see `reference.class_scores`."""
     raw = raw.astype(np.float32, copy=False)
+    picked = np.take_along_axis(raw, np.broadcast_to(targets, (len(raw), targets.shape[-1])), axis=1)
     if kind == "softmax":
         top = raw.max(axis=1, keepdims=True)
         total = np.exp(raw - top).sum(axis=1, keepdims=True)
-        return np.asarray(np.exp(raw[:, targets] - top) / total, dtype=np.float32)
-    picked = raw[:, targets]
-    if kind == "sigmoid":
-        return np.asarray(0.5 * (1 + np.tanh(0.5 * picked)), dtype=np.float32)
-    return picked
+        return np.asarray(np.exp(picked - top) / total, dtype=np.float32)
+    return _sigmoid(picked) if kind == "sigmoid" else picked
+
+
+def _sigmoid(logits: Array) -> Array:
+    return np.asarray(0.5 * (1 + np.tanh(0.5 * logits)), dtype=np.float32)
+
+
+def nonfinite(raw: Array) -> Array:
+    """How many of each row's scores are not finite, (n,) int32; see `reference.nonfinite`."""
+    return np.asarray(np.count_nonzero(~np.isfinite(raw), axis=1), dtype=np.int32)
 
 
 def accumulate_maps(maps: Array, weights: Array) -> Array:

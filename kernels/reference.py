@@ -96,6 +96,15 @@ def segment_means(image: Array, segments: Array) -> Array:
     return out.astype(np.float32)
 
 
+def rank_masks(ranks: Array, thresholds: Array) -> Array:
+    """Masks (n, H, W) that are 1 where rank >= threshold, for `ranks` (H, W) and `thresholds` (n,).
+
+    With rank 0 for what counts most, threshold t takes the t first pixels away: deletion. The complement, which keeps
+    only them, is the mask of the ranks H * W - 1 - rank at H * W - t: insertion.
+    """
+    return np.array([[[float(rank >= t) for rank in line] for line in ranks] for t in thresholds])
+
+
 def blend(image: Array, masks: Array, baseline: Array | None = None, layout: str = "NCHW") -> Array:
     """`x * m + b * (1 - m)`: one image under (n, H, W) masks, as (n, *image.shape) in the image's dtype.
 
@@ -142,13 +151,13 @@ def reflect(i: int, n: int) -> int:
     return min(i, 2 * (n - 1) - i)
 
 
-def class_scores(raw: Array, targets: Array, kind: str) -> Array:
-    """Scores (n, k) of the classes `targets` (k,) from raw network scores (n, classes), in float32.
+def posteriors(raw: Array, kind: str) -> Array:
+    """Raw network scores (n, classes) as posteriors, in float32.
 
     Args:
-        kind: "softmax" and "sigmoid" turn logits into posteriors; "none" gathers the raw scores.
+        kind: "softmax" and "sigmoid" turn logits into posteriors; "none" leaves the raw scores.
     """
-    out = np.zeros((len(raw), len(targets)), dtype=np.float32)
+    out = np.zeros(raw.shape, dtype=np.float32)
     for n, row in enumerate(raw.astype(np.float64)):
         if kind == "softmax":
             top = max(row)
@@ -156,8 +165,30 @@ def class_scores(raw: Array, targets: Array, kind: str) -> Array:
             row = np.array([math.exp(value - top) / total for value in row])
         elif kind == "sigmoid":
             row = np.array([1 / (1 + math.exp(-value)) if value > -700 else 0.0 for value in row])
-        out[n] = row[targets]
+        out[n] = row
     return out
+
+
+def class_scores(raw: Array, targets: Array, kind: str) -> Array:
+    """Posteriors (n, k) of the classes `targets`, (k,) for all rows or (n, k) for each; see `posteriors`."""
+    targets = np.broadcast_to(targets, (len(raw), targets.shape[-1]))
+    return np.array([row[wanted] for row, wanted in zip(posteriors(raw, kind), targets, strict=True)])
+
+
+def nonfinite(raw: Array) -> Array:
+    """How many of each row's scores (n, classes) are NaN or infinite, (n,) int32."""
+    return np.array([sum(not math.isfinite(value) for value in row) for row in raw], dtype=np.int32)
+
+
+def normalise(pixels: Array, mean: Array, std: Array, layout: str = "NCHW", dtype: npt.DTypeLike = np.float32) -> Array:
+    """The network's input for decoded uint8 (h, w, c) pixels: (pixels / 255 - mean) / std; uint8 keeps the pixels.
+
+    Args:
+        mean: (c,), in the order of the pixels' channels, as `std`.
+        layout: NCHW gives (c, h, w), NHWC (h, w, c).
+    """
+    scaled = pixels if dtype == np.uint8 else (pixels / 255.0 - np.asarray(mean)) / np.asarray(std)
+    return np.ascontiguousarray(scaled.transpose(2, 0, 1) if layout == "NCHW" else scaled).astype(dtype)
 
 
 def accumulate_maps(maps: Array, weights: Array) -> Array:
