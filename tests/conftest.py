@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable
 from pathlib import Path
 
@@ -11,6 +12,8 @@ import onnx
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 from PIL import Image
+
+from tests.emulator import emulated
 
 SHARED = Path(__file__).resolve().parents[2] / "shared" / "data"
 SIZE = (33, 29)
@@ -208,6 +211,20 @@ def save_photographs() -> Callable[..., Path]:
 def photographs(tmp_path: Path) -> Path:
     """A folder of six pictures of `save_photographs`."""
     return _save_photographs(tmp_path / "photographs")
+
+
+@pytest.fixture(scope="session")
+def _emulator() -> Path:
+    if why := emulated.missing():
+        pytest.skip(f"no emulator of the kernels: {why}")
+    return emulated.build(sanitize=bool(os.environ.get("HEATMILL_SANITIZE")))
+
+
+@pytest.fixture
+def emulated_driver(_emulator: Path) -> emulated.EmulatedDriver:
+    """A device in host memory; kernels run when their stream is waited for. See tests/emulator."""
+    sanitized = bool(os.environ.get("HEATMILL_SANITIZE"))
+    return emulated.EmulatedDriver(library=_emulator, guard=0 if sanitized else emulated.GUARD)
 
 
 @pytest.fixture(scope="session")
