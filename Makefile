@@ -20,6 +20,8 @@ lint: .venv/ready
 
 wheel: .venv/ready
 	rm -rf build dist
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[cuda-build]'
+	$(BIN)/python -m heatmill.kernels.build
 	$(BIN)/python -m build --wheel --outdir dist .
 
 .venv/ready: pyproject.toml
@@ -30,4 +32,4 @@ wheel: .venv/ready
 	@touch $@
 
 clean:
-	rm -rf .venv build dist demo *.egg-info
+	rm -rf .venv build dist demo kernels/cubins *.egg-info

@@ -12,7 +12,7 @@ __all__ = ["DRIVERS", "open_driver"]
 
 # name -> (module, what installs it); the first that opens is what "auto" means
 DRIVERS: dict[str, tuple[str, str]] = {
-    "cuda-core": (".cuda_core", "heatmill[gpu]"),
+    "cuda-bindings": (".bindings", "heatmill[gpu]"),
     "pycuda": (".pycuda", "heatmill[pycuda]"),
 }
 

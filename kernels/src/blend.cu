@@ -53,10 +53,11 @@ __device__ __forceinline__ void blend(T* out, const Picture& p, const Mask& mask
     if (first >= span) return;
     int pixel = first / repeat, begin = first - pixel * repeat, channel = begin;
     int y = pixel / p.width, x = pixel - y * p.width;
-    float m[LANES];
+    float m[LANES], shown = 0.f;
 #pragma unroll
     for (int k = 0; k < LANES; ++k) {
-        m[k] = k == 0 || channel == 0 ? mask(n, y, x) : m[k - 1];
+        if (k == 0 || channel == 0) shown = mask(n, y, x);
+        m[k] = shown;
         if (++channel == repeat) {
             channel = 0;
             if (++x == p.width) x = 0, y = min(y + 1, p.height - 1);
@@ -78,7 +79,7 @@ __device__ __forceinline__ void blend(T* out, const Picture& p, const Mask& mask
 }
 
 #define BLEND(source, name, type, mask, ...)                                                                       \
-    extern "C" __global__ void __launch_bounds__(BLOCK) blend_##source##_##name(                                   \
+    extern "C" __global__ void __launch_bounds__(BLOCK, 2) blend_##source##_##name(                                   \
         type* out, const float* image, const float* baseline, int per_element, int channels, int height, int width, \
         int channels_last, __VA_ARGS__) {                                                                          \
         blend(out, Picture{image, baseline, per_element, channels, height, width, channels_last}, mask);           \

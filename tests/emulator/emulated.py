@@ -115,8 +115,7 @@ class EmulatedDriver:
         self.launches: list[str] = []
         self._library = ctypes.CDLL(str(library or build()))
         self._libc = ctypes.CDLL(None)
-        self._libc.aligned_alloc.restype = ctypes.c_void_p
-        self._libc.aligned_alloc.argtypes = [ctypes.c_size_t, ctypes.c_size_t]
+        self._libc.posix_memalign.argtypes = [ctypes.POINTER(ctypes.c_void_p), ctypes.c_size_t, ctypes.c_size_t]
         self._libc.free.argtypes = [ctypes.c_void_p]
         self._total, self._guard, self._lazy = total, guard, lazy
         self._memory: dict[int, int] = {}
@@ -128,11 +127,14 @@ class EmulatedDriver:
             free = self.memory()[0]
             if nbytes > free:
                 raise OutOfMemory(f"{self.device}: no room for {nbytes} bytes, {free} of {self._total} are free")
-            base = self._libc.aligned_alloc(256, nbytes + 2 * self._guard)
+            place = ctypes.c_void_p()
+            if self._libc.posix_memalign(ctypes.byref(place), 256, nbytes + 2 * self._guard) or place.value is None:
+                raise MemoryError(f"the host has no room for {nbytes} bytes")
+            base = place.value
             ctypes.memset(base, GUARD_BYTE, nbytes + 2 * self._guard)
             ctypes.memset(base + self._guard, 0xFF, nbytes)  # NaN, so that what nobody wrote is seen
             self._memory[base + self._guard] = nbytes
-            return int(base + self._guard)
+            return base + self._guard
 
     def free(self, pointer: int) -> None:
         with self._lock:
