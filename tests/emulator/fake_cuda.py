@@ -199,6 +199,7 @@ def install(monkeypatch, name: str, emulated: EmulatedDriver, **options: int) ->
     setattr(parent, last, made)
     monkeypatch.setitem(sys.modules, whole, made)
     door = f"heatmill.kernels.drivers{DRIVERS[name][0]}"
-    monkeypatch.delitem(sys.modules, door, raising=False)
+    monkeypatch.setitem(sys.modules, door, made)  # so that the door, too, is as it was afterwards
+    del sys.modules[door]
     monkeypatch.setattr(cuda, "binary_for", lambda architecture: b"")
     return import_module(door)
