@@ -154,6 +154,7 @@ class Kernels:
         """Gaussian blur of an image float32, reflected borders; see `reference.blur`."""
         checked("image", image, ("float32",), (None, None, None))
         channels, height, width = _sides(image.shape, layout)
+        _counted("image", image.shape)
         if kernel_size < 1 or kernel_size % 2 == 0 or not sigma > 0:
             raise ValueError(f"a blur of {kernel_size} samples, sigma {sigma}: the size is odd, sigma above 0")
         out = self._out(out, image.shape, ("float32",))
@@ -228,6 +229,7 @@ class Kernels:
         if len(mean) != c or len(std) != c:
             raise ValueError(f"mean has {len(mean)} and std {len(std)} values for {c} channels")
         _sides((h, w, c), layout)
+        _counted("pixels", pixels.shape)
         kind = np.dtype(dtype)
         out = self._out(out, (c, h, w) if layout == "NCHW" else (h, w, c), (kind.name,), kind)
         if kind.name not in TYPES:
@@ -269,6 +271,7 @@ class Kernels:
         stream: int,
     ) -> DeviceArray:
         k, _ = checked("weights", weights, ("float32",), (None, n))
+        _counted("sums", (k, *size))
         out = self._out(out, (k, *size), ("float32",))
         chunk = max(CHUNK, -(-n // MOST_SPLITS))
         splits, pixels = _blocks(n, chunk), math.prod(size)
@@ -321,6 +324,12 @@ class Kernels:
         if name not in self._functions:
             self._functions[name] = self.driver.function(self._module, name)
         self.driver.launch(self._functions[name], (x, y, z), (threads, 1, 1), arguments, stream)
+
+
+def _counted(what: str, shape: tuple[int, ...]) -> None:
+    """Refuse what the kernels' 32-bit places do not reach."""
+    if math.prod(shape) >= 2**31:
+        raise ValueError(f"{what} of {shape}: the kernels take fewer than 2**31 elements at once")
 
 
 def _sides(shape: tuple[int, ...], layout: str) -> tuple[int, int, int]:

@@ -19,7 +19,7 @@ except ImportError as err:
 
 
 class PycudaDriver:
-    """One GPU by its primary context, never by one of PyCUDA's own, which nothing else would share."""
+    """One GPU by its primary context, never by one of PyCUDA's own, which nothing else would share. For one thread."""
 
     name = "pycuda"
 

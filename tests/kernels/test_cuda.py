@@ -349,6 +349,12 @@ def test_deletion_and_insertion_are_complements(rig):
         (lambda k, a: k.extrema(a("float32", 1, 0, 2), (4, 4), stream=1), "maps is float32 (1, 0, 2)"),
         (lambda k, a: k.extrema(a("float32", 1, 2, 2), (4, 4), "cubic", stream=1), "rule 'cubic'"),
         (lambda k, a: k.blur(a("float32", 1, 4, 4), 4, 1.0, stream=1), "blur of 4 samples"),
+        (lambda k, a: k.blur(a("float32", 3, 1 << 15, 1 << 15), 3, 1.0, stream=1), "fewer than 2**31"),
+        (lambda k, a: k.normalise(a("uint8", 1 << 15, 1 << 15, 3), [0] * 3, [1] * 3, stream=1), "fewer than 2**31"),
+        (
+            lambda k, a: k.accumulate_maps(a("float32", 1, 1 << 14, 1 << 14), a("float32", 8, 1), stream=1),
+            "fewer than 2**31",
+        ),
         (lambda k, a: k.posteriors(a("uint8", 1, 4), "softmax", stream=1), "raw is uint8"),
         (lambda k, a: k.posteriors(a("float32", 1, 4), "logit", stream=1), "kind 'logit'"),
         (
@@ -461,3 +467,23 @@ def test_events_order_streams_and_tell_the_time_between(monkeypatch, emulated_dr
 def test_unknown_drivers_are_refused():
     with pytest.raises(BackendError, match="no driver 'cupy'; known: auto, cuda-bindings, pycuda"):
         open_driver("cupy")
+
+
+# ----- the emulator -----
+
+
+@pytest.mark.parametrize(
+    ("name", "threads", "arguments", "told"),
+    [
+        ("divergent_barrier", 32, (), "a barrier that only some threads of the block reach"),
+        ("unexpected_barrier", 32, (), "a barrier in a kernel that declares none"),
+        ("overrun", 64, (np.int32(32),), "wrote outside an allocation of 128 bytes"),
+    ],
+)
+def test_the_emulator_notices_what_no_kernel_may_do(emulated_driver, name, threads, arguments, told):
+    if name == "overrun" and not emulated_driver._guard:
+        pytest.skip("AddressSanitizer ends the process at an overrun")
+    stream, memory = emulated_driver.stream(), emulated_driver.alloc(128)
+    emulated_driver.launch(emulated_driver.function(1, name), (1, 1, 1), (threads, 1, 1), [memory, *arguments], stream)
+    with pytest.raises(RuntimeError, match=told):
+        emulated_driver.synchronize(stream)
