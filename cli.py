@@ -1,5 +1,7 @@
 """The command line: parse, call one function, print."""
 
+from __future__ import annotations
+
 if __name__ == "__main__" and not __package__:  # `python cli.py` means `python -m heatmill.cli`
     import runpy
 
@@ -13,12 +15,16 @@ import sys
 import tomllib
 import traceback
 from collections.abc import Callable
+from dataclasses import fields
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import click
 
 from . import HeatmillError, InputError, __version__
+
+if TYPE_CHECKING:
+    from .engine.jobs.plan import Job
 
 Command = Callable[..., Any]
 
@@ -108,6 +114,41 @@ def session_options(command: Command) -> Command:
     return command
 
 
+def job_options(command: Command) -> Command:
+    """Flags that say what is explained."""
+    for option in reversed(
+        [
+            click.option(
+                "-m",
+                "--method",
+                "methods",
+                multiple=True,
+                default=["score-cam"],
+                show_default=True,
+                metavar="NAME[:key=value,...]",
+                help="Repeatable; heatmill methods lists them. A whole number may be a range: segments=10..100 "
+                "(steps of 10).",
+            ),
+            click.option(
+                "-t",
+                "--target",
+                "targets",
+                multiple=True,
+                default=["predicted"],
+                show_default=True,
+                metavar="TARGET",
+                help="predicted, topN, label, a class number or name; repeatable.",
+            ),
+            click.option(
+                "--seed", default=0, show_default=True, type=click.IntRange(0, 2**63 - 1), help="Of random masks."
+            ),
+            click.option("--limit", type=click.IntRange(1), help="Explain only the first N images."),
+        ]
+    ):
+        command = option(command)
+    return command
+
+
 def common_options(command: Command) -> Command:
     """Flags of every command."""
     command = click.option("--json", "as_json", is_flag=True, help="One JSON object on stdout.")(command)
@@ -163,30 +204,9 @@ def main() -> None:
 @click.argument("model", type=click.Path(path_type=Path), required=False)
 @click.argument("inputs", nargs=-1, type=click.Path(path_type=Path))
 @click.option("-o", "--out", type=click.Path(path_type=Path), help="Folder of the run; an existing run is resumed.")
-@click.option(
-    "-m",
-    "--method",
-    "methods",
-    multiple=True,
-    default=["score-cam"],
-    show_default=True,
-    metavar="NAME[:key=value,...]",
-    help="Repeatable; heatmill methods lists them. A whole number may be a range: segments=10..100 (steps of 10).",
-)
-@click.option(
-    "-t",
-    "--target",
-    "targets",
-    multiple=True,
-    default=["predicted"],
-    show_default=True,
-    metavar="TARGET",
-    help="predicted, topN, label, a class number or name; repeatable.",
-)
+@job_options
 @model_options
 @session_options
-@click.option("--seed", default=0, show_default=True, type=click.IntRange(0, 2**63 - 1), help="Of random masks.")
-@click.option("--limit", type=click.IntRange(1), help="Explain only the first N images.")
 @click.option("--workers", type=click.IntRange(1, 256), help="Threads that decode images [default: the cores].")
 @click.option(
     "--max-bad",
@@ -197,6 +217,7 @@ def main() -> None:
 )
 @click.option("--overwrite", is_flag=True, help="Remove an existing run in the folder first.")
 @click.option("--save-overlays", is_flag=True, help="Write a PNG per map to OUT/report/overlays.")
+@click.option("--dry-run", is_flag=True, help="Say what the run will cost, as heatmill plan does, and do nothing.")
 @click.option("--quiet", is_flag=True, help="No progress.")
 @click.option("--log-format", type=click.Choice(["auto", "json"]), default="auto", help="Of progress on stderr.")
 @click.option(
@@ -223,36 +244,11 @@ def explain(**options: Any) -> int:
         return 0
     if options["model"] is None or not options["inputs"] or options["out"] is None:
         raise click.UsageError("give MODEL, INPUTS and -o OUT")
+    job = _job(options)
+    if options["dry_run"]:
+        return _forecast(job, None, options["as_json"])
     from .engine.jobs.job import explain as run_job
-    from .engine.jobs.plan import Job
 
-    fields = {
-        name: options[name]
-        for name in (
-            "model",
-            "out",
-            "layer",
-            "backend",
-            "provider",
-            "precision",
-            "seed",
-            "limit",
-            "workers",
-            "preprocess",
-            "labels",
-            "output",
-            "scores",
-            "max_bad",
-            "overwrite",
-        )
-    }
-    job = Job(
-        **fields,
-        inputs=tuple(options["inputs"]),
-        methods=tuple(options["methods"]),
-        targets=tuple(options["targets"]),
-        batch_size=_batch_size(options["batch_size"]),
-    )
     style = "quiet" if options["quiet"] else "json" if options["log_format"] == "json" else "auto"
     summary = run_job(job, style)
     overlays = None
@@ -262,10 +258,10 @@ def explain(**options: Any) -> int:
 
         overlays = write_overlays(open_run(summary.run))
     if options["as_json"]:
-        fields = {
+        told = {
             name: getattr(summary, name) for name in ("run", "images", "rows", "statuses", "bad", "seconds", "stages")
         }
-        click.echo(json.dumps({**fields, "overlays": overlays}))
+        click.echo(json.dumps({**told, "overlays": overlays}))
     else:
         ok = summary.statuses.get("ok", 0)
         click.echo(f"{summary.run}: {ok} of {summary.rows} maps of {summary.images} images, {summary.seconds:.1f} s")
@@ -278,6 +274,43 @@ def explain(**options: Any) -> int:
         share = f"{summary.bad} of {summary.images} images are bad, more than --max-bad {options['max_bad']:g} allows"
         click.echo(f"heatmill: {share}; heatmill report {summary.run} lists them", err=True)
     return summary.exit_code
+
+
+def _job(options: dict[str, Any]) -> Job:
+    """What a command's flags ask for."""
+    from .engine.jobs.plan import Job
+
+    plural = {name: tuple(options[name]) for name in ("inputs", "methods", "targets")}
+    given = {field.name: options[field.name] for field in fields(Job) if field.name in options}
+    return Job(**{**given, **plural, "batch_size": _batch_size(options["batch_size"])})
+
+
+def _forecast(job: Job, budget: str | None, as_json: bool) -> int:
+    from .engine.jobs.forecast import forecast, forecast_text, parse_budget
+
+    found = forecast(job, None if budget is None else parse_budget(budget))
+    click.echo(json.dumps(found) if as_json else forecast_text(found), nl=as_json)
+    return 0
+
+
+@main.command()
+@click.argument("model", type=click.Path(path_type=Path))
+@click.argument("inputs", nargs=-1, required=True, type=click.Path(path_type=Path))
+@job_options
+@model_options
+@session_options
+@click.option("--budget", metavar="TIME", help="What the run may take (90s, 15m, 2h, 1d); else what fits is named.")
+@common_options
+def plan(budget: str | None, as_json: bool, debug: bool, **options: Any) -> int:
+    """Say what explaining will cost: passes, time on this machine, memory and disk, by method.
+
+    A few of the images are rehearsed: every pass is counted, few are run.
+
+    \b
+    Example: heatmill plan model.onnx photos/ -m score-cam -m rise
+             heatmill plan model.onnx photos/ -m score-cam --budget 2h
+    """
+    return _forecast(_job({**options, "out": Path()}), budget, as_json)
 
 
 def _as_toml(context: click.Context) -> str:

@@ -1,12 +1,13 @@
 """The figures of the README, each by one command; every figure goes to a JSON file under benchmarks/results.
 
-    python benchmarks/figures.py accuracy overhead memory startup settings resume [--data ../shared/data]
+    python benchmarks/figures.py accuracy overhead memory startup settings plan resume [--data ../shared/data]
 
 accuracy   Score-CAM official on the real models against a literal full-resolution loop
 overhead   share of wall time outside the network, Score-CAM and RISE (4000 masks), `heatmill bench`
 memory     peak memory over the bare session's, for 512 and 2048 masks and for 10 and 1000 images
 startup    `heatmill methods` from the shell
 settings   ONNX Runtime's threads, spinning and arena, rows/s of the bare network
+plan       what `heatmill plan` says beside what `heatmill explain` then takes
 resume     20 kill -9 at random moments of a 60-image run; the store equals an undisturbed run's
 
 Peers are in peers.py. Times are ratios within one run; run it on a quiet machine.
@@ -208,6 +209,40 @@ def settings(data: Path) -> dict[str, Any]:
     return results
 
 
+def plan(data: Path) -> dict[str, Any]:
+    """Predicted seconds over those of the run that follows at once, for jobs of a minute or so."""
+    jobs = {
+        "efficientnet_lite0 score-cam": ("score-cam", 12),
+        "efficientnet_lite0 cf-cam": ("cf-cam", 40),
+        "efficientnet_lite0 integrated-gradients": ("integrated-gradients", 40),
+        "efficientnet_lite0 grad-cam": ("grad-cam", 711),
+        "mobilenet_v2 rise:masks=1000": ("rise:masks=1000", 6),
+        "resnet50 group-cam": ("group-cam", 30),
+        "resnet50 ablation-cam": ("ablation-cam", 20),
+    }
+    results = {}
+    for case, (method, limit) in jobs.items():
+        name = case.split()[0]
+        asked = (data / "models" / f"{name}.onnx", data / "images" / "ccby", "-m", method, "--limit", limit)
+        told = cli("plan", *asked)
+        with tempfile.TemporaryDirectory() as folder:
+            start = time.perf_counter()
+            ran = cli("explain", *asked, "-o", Path(folder) / "run", "--quiet")
+            wall = time.perf_counter() - start
+            disk = sum(path.stat().st_size for path in (Path(folder) / "run").rglob("*") if path.is_file())
+        results[case] = {
+            "images": ran["images"],
+            "predicted_seconds": told["seconds"],
+            "seconds": ran["seconds"],
+            "seconds_with_the_process": wall,
+            "predicted_over_real": told["seconds"] / ran["seconds"],
+            "predicted_mb": told["disk_mb"],
+            "mb": disk / 1e6,
+        }
+        print(case, json.dumps(results[case]), file=sys.stderr, flush=True)
+    return results
+
+
 def resume(data: Path, kills: int = 20, images: int = 60) -> dict[str, Any]:
     from heatmill import open_run
 
@@ -272,6 +307,7 @@ FIGURES = {
     "memory": memory,
     "startup": startup,
     "settings": settings,
+    "plan": plan,
     "resume": resume,
 }
 

@@ -76,7 +76,7 @@ def bench(
     all_stages: list[Stages] = []
     explained = 0
     bare_peak = _bare_peak(Path(model), session, feed, loaded.scores)
-    _forget_peak()
+    forget_peak()
     for _ in range(rounds):
         bare.append(_bare(session, feed, loaded.scores, size))
         engine = Engine(loaded, session, targets, size, passes=passes)
@@ -108,7 +108,7 @@ def bench(
         "rows_per_image": stages.rows / explained,
         "outside_network": statistics.median(outside),
         "slots_filled": stages.rows / stages.slots,
-        "peak_mb": None if bare_peak is None else _peak_mb() - bare_peak,
+        "peak_mb": None if bare_peak is None else peak_mb() - bare_peak,
         "seconds": {
             **{name: value for name, value in asdict(stages).items() if isinstance(value, float)},
             "wall": wall,
@@ -151,7 +151,7 @@ def _run_bare(
     session = open_session(backend, Path(model).read_bytes(), Profile(rows, precision, provider))
     for _ in range(2):
         session.run(feed, [output])
-    answer.send(_peak_mb())
+    answer.send(peak_mb())
 
 
 def _items(loaded: Loaded, inputs: Sequence[Path], limit: int) -> Iterator[Item]:
@@ -169,13 +169,13 @@ def _items(loaded: Loaded, inputs: Sequence[Path], limit: int) -> Iterator[Item]
         yield Item(i, prepared.image)
 
 
-def _forget_peak() -> None:
+def forget_peak() -> None:
     """Begin the peak anew, without what opening and trying the model took (Linux)."""
     with suppress(OSError):
         Path("/proc/self/clear_refs").write_text("5")
 
 
-def _peak_mb() -> float:
+def peak_mb() -> float:
     """The process's peak resident memory so far."""
     try:  # getrusage would count what the parent held when it started this process
         status = Path("/proc/self/status").read_text()

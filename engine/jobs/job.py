@@ -111,7 +111,7 @@ def _explain(job: plans.Job, style: str, deadline: float | None, signals: Signal
         plans.check_same(job.out, plan, plans.identity(job, loaded, targets))
         _note_changes(source, plan, style)
     else:
-        plan = plans.freeze(job, loaded, source, targets, _probe(job, loaded, source, targets, deadline))
+        plan = plans.freeze(job, loaded, source, targets, probe_job(job, loaded, source, targets, deadline))
     del loaded, source
     with _lock(job.out):
         if not exists:
@@ -125,7 +125,7 @@ def _explain(job: plans.Job, style: str, deadline: float | None, signals: Signal
         return _summarise(job, plan, len(todo), supervisor, time.monotonic() - began)
 
 
-def _probe(
+def probe_job(
     job: plans.Job, loaded: Loaded, source: Source, targets: tuple[Target, ...], deadline: float | None
 ) -> Trial:
     arguments = {

@@ -249,7 +249,7 @@ def test_rows_through_a_graph_are_all_run(make_model):
 def quick(monkeypatch):
     """Without the process that tries the model first."""
     known = Trial("onnxruntime", "cpu", "fp32", onnxruntime.__version__, 4, True, 5, 1000.0)
-    monkeypatch.setattr(jobs, "_probe", lambda job, *others: known)
+    monkeypatch.setattr(jobs, "probe_job", lambda job, *others: known)
 
 
 def test_a_job_of_gradient_methods_holds_the_maps_of_the_python_api_and_resumes(

@@ -77,7 +77,7 @@ from heatmill.engine.trial import Trial
 plan.MAX_SHARD_ROWS = 2
 if sys.argv.pop(1) == "quick":
     known = Trial("onnxruntime", "cpu", "fp32", onnxruntime.__version__, 2, True, 5, 1000.0)
-    job._probe = lambda *others: known
+    job.probe_job = lambda *others: known
 main()
 """
 
@@ -150,7 +150,7 @@ def test_damaged_arrays_are_found(objects):
 def quick(monkeypatch):
     """Without the process that tries the model first."""
     known = Trial("onnxruntime", "cpu", "fp32", onnxruntime.__version__, 8, True, 5, 1000.0)
-    monkeypatch.setattr(jobs, "_probe", lambda job, *others: known)
+    monkeypatch.setattr(jobs, "probe_job", lambda job, *others: known)
     return known
 
 
@@ -597,7 +597,7 @@ def test_one_process_per_run(whole, model, photos, tmp_path, quick, monkeypatch)
         shutil.copytree(whole[0], tmp_path / "other")
         return quick
 
-    monkeypatch.setattr(jobs, "_probe", meanwhile)
+    monkeypatch.setattr(jobs, "probe_job", meanwhile)
     with pytest.raises(InputError, match="another heatmill has just made a run there"):
         explained(model, photos, tmp_path / "other")
     assert_same(content(tmp_path / "other"), content(whole[0]))

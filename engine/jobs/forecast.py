@@ -1,0 +1,298 @@
+"""What a run will cost before it is started: `heatmill plan` and `explain --dry-run`.
+
+A rehearsal runs the engine itself over a few of the job's images. Of every graph only as many batches are run as it
+takes to know its speed; the others are answered with what an earlier batch gave, so that every pass is counted and few
+are run.
+"""
+
+from __future__ import annotations
+
+import re
+import time
+from collections import Counter
+from collections.abc import Hashable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+
+from ... import HeatmillError, InputError
+from ..backends import usable_cores
+from ..explainer import Engine
+from ..methods import METHODS
+from ..opening import Loaded, open_best
+from ..passes import Passed, check_backward, open_passes
+from ..schedule import HEAD, NETWORK, OBSERVE, Batch, Run, Scheduler
+from ..types import Explanation, Item, MethodCall, Target
+from .bench import forget_peak, peak_mb
+from .job import probe_job
+from .plan import Job, open_job
+from .sources import Source
+from .store import encode_arrays, encode_pixels
+from .worker import prepare
+
+IMAGES = 8
+LANE_SECONDS = 6.0  # of every graph, so long is run
+BRIEF_SECONDS = 1.5  # of those of methods that were not asked for
+ROW_BYTES = 400  # of a row's columns beside its map, compressed
+OFFERED = 5  # cheaper methods that are named
+UNITS = {"s": 1, "m": 60, "min": 60, "h": 3600, "d": 86400}
+
+
+@dataclass(slots=True)
+class _Lane:
+    """What is known of a graph: an answer, and how long how many rows took."""
+
+    answer: Passed
+    rows: int
+    seconds: float = 0.0
+    timed: int = 0
+
+    @property
+    def per_row(self) -> float:
+        return self.seconds / max(self.timed, 1)
+
+
+class Rehearsal(Engine):
+    """An engine that runs of every lane no more than it takes to time it, and counts the rest."""
+
+    def __init__(self, *given: Any, seconds: float, **named: Any) -> None:
+        super().__init__(*given, **named)
+        self.known: dict[Hashable, _Lane] = {}
+        self.counts: Counter[tuple[int, Hashable]] = Counter()
+        self.counting = True
+        self._limit = seconds
+        self._answered = False
+
+    def _run(self, scheduler: Scheduler, batch: Batch) -> Iterator[Explanation]:
+        rows = max(run.slots.stop for run in batch.runs)
+        known = self.known.get(batch.lane)
+        observing = any(run.observe for run in batch.runs)
+        enough = known is not None and known.timed > 0 and known.seconds >= self._limit and known.rows >= rows
+        self._answered = enough and not observing
+        for run in batch.runs:
+            method = -1 if run.observe else run.key[1]
+            self.counts[method, OBSERVE if run.observe else batch.lane] += (run.stop - run.start) * self.counting
+        start = time.perf_counter()
+        yield from super()._run(scheduler, batch)
+        if not self._answered and known is not None:  # the first batch of a graph is its slowest
+            known.seconds += time.perf_counter() - start
+            known.timed += rows
+
+    def _fill(self, run: Run) -> None:
+        if not self._answered:
+            super()._fill(run)
+
+    def _passed(self, batch: Batch, rows: int) -> Passed:
+        if self._answered:
+            return self.known[batch.lane].answer
+        passed = super()._passed(batch, rows)
+        known = self.known.get(batch.lane)
+        if known is None:
+            self.known[batch.lane] = _Lane(passed, len(passed.raw))
+        elif len(passed.raw) > known.rows:
+            known.answer, known.rows = passed, len(passed.raw)
+        return passed
+
+    def seconds_of(self, lane: Hashable) -> float:
+        """Per row; an observation that rides with other rows costs as much as they do."""
+        known = self.known.get(lane) or self.known.get(NETWORK)
+        return known.per_row if known else 0.0
+
+
+def forecast(job: Job, budget: float | None = None, seconds: float = LANE_SECONDS) -> dict[str, Any]:
+    """What a job will cost, as JSON values.
+
+    Args:
+        budget: seconds that the run may take; where it takes more, cheaper methods are tried and named.
+        seconds: how long each graph is timed.
+
+    Raises:
+        HeatmillError: the model, a method, a target or the input is refused.
+    """
+    loaded, source, targets = open_job(job)
+    began = time.perf_counter()
+    trial = probe_job(job, loaded, source, targets, None)
+    tried = time.perf_counter() - began
+    forget_peak()
+    began = time.perf_counter()
+    job = replace(job, backend=trial.backend, provider=trial.provider, precision=trial.precision)
+    items, decoding = _sampled(loaded, source)
+    found = _rehearsed(loaded, job, targets, trial.batch_size, items, seconds)
+    opened = found.pop("opened")
+    images = source.table.num_rows
+    per_image = sum(each["seconds_per_image"] for each in found["methods"]) + found["observe_seconds"]
+    per_image += decoding / usable_cores()
+    total = tried + opened + images * per_image
+    answer = {
+        "model": str(job.model),
+        "images": images,
+        "targets": [target.text for target in targets],
+        "backend": trial.backend,
+        "provider": trial.provider,
+        "precision": trial.precision,
+        "batch_size": trial.batch_size,
+        "sampled": len(items),
+        "seconds": total,
+        "start_seconds": tried + opened,
+        "decode_seconds_per_image": decoding,
+        "observe_seconds_per_image": found["observe_seconds"],
+        "memory_mb": peak_mb(),
+        "disk_mb": images * sum(each["bytes_per_image"] for each in found["methods"]) / 1e6,
+        "methods": [
+            {**each, "seconds": images * each["seconds_per_image"], "images": images} for each in found["methods"]
+        ],
+        "budget": budget,
+        "fits": None if budget is None else total <= budget,
+        "cheaper": [],
+    }
+    if budget is not None and total > budget:
+        spare = budget - tried - opened - images * (found["observe_seconds"] + decoding / usable_cores())
+        answer["cheaper"] = _cheaper(job, loaded, targets, trial.batch_size, items, images, spare)
+    return answer
+
+
+def _sampled(loaded: Loaded, source: Source) -> tuple[list[Item], float]:
+    """Some of the job's images, evenly taken, and the seconds that preparing one takes."""
+    table = source.table
+    places = np.unique(np.linspace(0, table.num_rows - 1, IMAGES).astype(int))
+    items: list[Item] = []
+    start = time.perf_counter()
+    for place in places:
+        row = table.slice(int(place), 1).to_pylist()[0]
+        prepared = prepare(row, loaded.spec, loaded.model.input.dtype, loaded.segmentations)
+        if prepared.image is not None:
+            items.append(Item(int(place), prepared.image, row.get("target"), prepared.segments, row["id"]))
+    if not items:
+        raise InputError(f"none of {len(places)} sampled images can be read; heatmill explain says why in their rows")
+    return items, (time.perf_counter() - start) / len(places)
+
+
+def _rehearsed(
+    loaded: Loaded, job: Job, targets: Sequence[Target], batch_size: int, items: Sequence[Item], seconds: float
+) -> dict[str, Any]:
+    start = time.perf_counter()
+    session = open_best(loaded, job.backend, job.provider, job.precision, batch_size)
+    passes = open_passes(loaded, session, targets, batch_size)
+    opened = time.perf_counter() - start
+    engine = Rehearsal(loaded, session, targets, batch_size, job.seed, passes=passes, seconds=seconds)
+    sizes: Counter[str] = Counter()
+    for explanation in engine.stream(items):
+        sizes[explanation.method.text] += _bytes(explanation)
+    engine.counting = False
+    again = (
+        items
+        if any(engine.counts[-1, OBSERVE] < count for count in engine.counts.values())
+        else _many(items, batch_size)
+    )
+    while any(lane.timed == 0 for lane in engine.known.values()):  # a graph that had no batch but its first
+        for _ in engine.stream(again):
+            pass
+    methods = []
+    for number, call in enumerate(loaded.calls):
+        rows = {lane: count for (method, lane), count in engine.counts.items() if method == number}
+        methods.append(
+            {
+                "method": call.text,
+                "forward": sum(count for lane, count in rows.items() if lane == NETWORK) / len(items),
+                "backward": sum(count for lane, count in rows.items() if lane in passes.through) / len(items),
+                "head": sum(count for lane, count in rows.items() if lane == HEAD) / len(items),
+                "seconds_per_image": sum(engine.seconds_of(lane) * count for lane, count in rows.items()) / len(items),
+                "bytes_per_image": sizes[call.text] / len(items),
+            }
+        )
+    return {"methods": methods, "observe_seconds": engine.seconds_of(OBSERVE), "opened": opened}
+
+
+def _many(items: Sequence[Item], rows: int) -> list[Item]:
+    """The images as often as it takes to fill batches, where nothing else does."""
+    return [replace(item, key=(turn, item.key)) for turn in range(-(-2 * rows // len(items))) for item in items]
+
+
+def _bytes(explanation: Explanation) -> int:
+    if explanation.map is None:
+        return ROW_BYTES
+    extra = len(encode_arrays(explanation.arrays)) if explanation.arrays else 0
+    if explanation.method.pixels:
+        return ROW_BYTES + extra + len(encode_pixels(explanation.map)[0])
+    return ROW_BYTES + extra + explanation.map.nbytes
+
+
+def _cheaper(
+    job: Job,
+    loaded: Loaded,
+    targets: Sequence[Target],
+    batch_size: int,
+    items: Sequence[Item],
+    images: int,
+    spare: float,
+) -> list[dict[str, Any]]:
+    """Methods with their defaults that fit what the budget leaves beside the observation; the costliest first."""
+    asked = {call.method.name for call in loaded.calls}
+    least = min(call.method.passes(loaded.facts, call.parameters) for call in loaded.calls)
+    found: list[dict[str, Any]] = []
+    known: dict[Any, str | None] = {}
+    for name, method in METHODS.items():
+        call = MethodCall(method, {key: parameter.default for key, parameter in method.parameters.items()})
+        if name in asked or (call.needs_tap and loaded.facts.tap is None):
+            continue
+        if method.refuses(loaded.facts, call.parameters) or method.passes(loaded.facts, call.parameters) > least:
+            continue
+        other = replace(loaded, calls=(call,))
+        try:
+            check_backward(other, known)
+            (cost,) = _rehearsed(other, job, targets, batch_size, items[:2], BRIEF_SECONDS)["methods"]
+        except HeatmillError:
+            continue
+        cost["seconds"] = images * cost["seconds_per_image"]
+        if cost["seconds"] <= spare:
+            found.append(cost)
+    return sorted(found, key=lambda cost: -float(cost["seconds"]))[:OFFERED]
+
+
+def parse_budget(text: str) -> float:
+    """Seconds from 90, 90s, 15m, 2h or 1d.
+
+    Raises:
+        InputError: it is none of these.
+    """
+    given = re.fullmatch(r"([0-9]*\.?[0-9]+)\s*([a-z]*)", text.strip().lower())
+    unit = (given[2] or "s") if given else ""
+    if given is None or unit not in UNITS or float(given[1]) <= 0:
+        raise InputError(f"--budget {text!r}: give a time as 90s, 15m, 2h or 1d")
+    return float(given[1]) * UNITS[unit]
+
+
+def forecast_text(found: Mapping[str, Any]) -> str:
+    """The answer of `forecast` for people."""
+    lines = [
+        f"{found['model']}: {found['images']} images, targets {', '.join(found['targets'])}, {found['backend']} "
+        f"({found['provider']}) {found['precision']}, batch {found['batch_size']}",
+        f"time     about {duration(found['seconds'])}; {found['start_seconds']:.0f} s of it to start",
+        f"memory   about {found['memory_mb']:.0f} MB",
+        f"disk     about {found['disk_mb']:.2f} MB",
+        f"passes per image, of {found['sampled']} sampled images",
+    ]
+    lines += [f"  {_line(each)}" for each in found["methods"]]
+    if found["budget"] is not None:
+        fits = "fits" if found["fits"] else "does not fit"
+        lines.append(f"budget   {duration(found['budget'])}: the run {fits}")
+    if found["fits"] is False:
+        told = "these would fit instead, one at a time" if found["cheaper"] else "no cheaper method fits either"
+        lines.append(f"         {told}")
+        lines += [f"  {_line(each)}" for each in found["cheaper"]]
+    return "\n".join(lines) + "\n"
+
+
+def _line(each: Mapping[str, Any]) -> str:
+    kinds = (("forward", "forward"), ("backward", "there and back"), ("head", "through the head"))
+    passes = ", ".join(f"{each[key]:.0f} {told}" for key, told in kinds if each[key]) or "none of its own"
+    return f"{each['method']}: {passes}; {each['seconds_per_image']:.3g} s, in all {duration(each['seconds'])}"
+
+
+def duration(seconds: float) -> str:
+    """Seconds in the unit that people would use."""
+    for unit, size in (("days", 86400), ("h", 3600), ("min", 60)):
+        if seconds >= 2 * size:
+            return f"{seconds / size:.1f} {unit}"
+    return f"{seconds:.1f} s"

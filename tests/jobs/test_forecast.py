@@ -1,0 +1,129 @@
+"""What a run is said to cost, beside what it costs."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+from click.testing import CliRunner
+
+from heatmill import InputError, open_run
+from heatmill.cli import main
+from heatmill.engine.jobs import forecast as forecasts
+from heatmill.engine.jobs import job as jobs
+from heatmill.engine.jobs.forecast import duration, forecast, forecast_text, parse_budget
+from heatmill.engine.jobs.plan import Job
+
+# One through the network, one there and back with the observation, one there and back by rows, one through the head,
+# one of two stages, one of nothing but the observation.
+METHODS = [
+    "score-cam",
+    "group-cam:groups=4",
+    "integrated-gradients:steps=5",
+    "ablation-cam",
+    "fg-cam:base=score-cam,to=r1",
+]
+
+
+def job(model, photographs, out, methods, **options) -> Job:
+    return Job(model=model, inputs=(photographs,), out=out, methods=tuple(methods), batch_size=4, **options)
+
+
+def test_the_passes_that_are_told_are_those_that_are_run(make_model, photographs, tmp_path):
+    asked = job(make_model(head="Dense"), photographs, tmp_path / "run", [*METHODS, "lrp"], targets=("top2",))
+    found = forecast(asked, seconds=0.0)
+    summary = jobs.explain(asked, "quiet")
+    assert found["sampled"] == found["images"] == summary.images == 6
+    told = sum(each["forward"] + each["backward"] + each["head"] for each in found["methods"]) * 6 + 6
+    assert told == summary.stages["rows"]
+    by_method = {each["method"]: each for each in found["methods"]}
+    for method in (*METHODS, "lrp"):
+        rows = [row for row in open_run(asked.out).rows(method=method) if row.target_source == "top1"]
+        passes = sum(row.extras["passes"] for row in rows) / 6
+        each = by_method[method]
+        assert each["forward"] + each["backward"] + each["head"] == pytest.approx(passes)
+    assert by_method["ablation-cam"]["head"] > 0
+    assert by_method["integrated-gradients:steps=5"]["backward"] == 12
+    assert by_method["lrp"]["seconds_per_image"] == 0, "it rides with the observation"
+    assert found["observe_seconds_per_image"] > 0
+
+
+def test_few_passes_are_run(make_model, photographs, tmp_path, monkeypatch):
+    ran = []
+    real = forecasts.Engine._passed
+    monkeypatch.setattr(
+        forecasts.Engine, "_passed", lambda self, batch, rows: ran.append(rows) or real(self, batch, rows)
+    )
+    found = forecast(job(make_model(), photographs, tmp_path / "run", ["rise:masks=400"]), seconds=0.0)
+    assert found["methods"][0]["forward"] > 300
+    assert sum(ran) < 100
+    assert not (tmp_path / "run").exists(), "nothing is written"
+
+
+@pytest.mark.parametrize("method", ["grad-cam", "saliency"])
+def test_observations_alone_are_timed_in_full_batches(make_model, photographs, tmp_path, method):
+    found = forecast(job(make_model(head="Dense"), photographs, tmp_path / "run", [method]), seconds=0.0)
+    assert found["observe_seconds_per_image"] > 0
+    assert found["seconds"] > found["start_seconds"]
+    assert "none of its own" in forecast_text(found)
+
+
+def test_what_fits_a_budget_is_named(make_model, photographs, tmp_path):
+    asked = job(make_model(), photographs, tmp_path / "run", ["rise:masks=100000"])
+    assert forecast(asked, budget=1e6, seconds=0.0)["fits"]
+    found = forecast(asked, budget=30.0, seconds=0.0)
+    if found["seconds"] > 30:
+        assert found["fits"] is False
+        costs = [each["seconds"] for each in found["cheaper"]]
+        assert len(costs) == forecasts.OFFERED
+        assert costs == sorted(costs, reverse=True)
+        assert max(costs) <= 30
+        assert "rise" not in {each["method"] for each in found["cheaper"]}
+        assert "these would fit instead" in forecast_text(found)
+
+
+def test_where_nothing_fits_that_is_said(make_model, photographs, tmp_path):
+    found = forecast(job(make_model(), photographs, tmp_path / "run", ["score-cam"]), budget=1e-3, seconds=0.0)
+    assert found["fits"] is False
+    assert found["cheaper"] == []
+    assert "no cheaper method fits either" in forecast_text(found)
+
+
+def test_images_that_can_not_be_read_are_told(make_model, tmp_path):
+    (tmp_path / "photos").mkdir()
+    (tmp_path / "photos" / "a.png").write_bytes(b"no picture")
+    with pytest.raises(InputError, match="none of 1 sampled images can be read"):
+        forecast(job(make_model(), tmp_path / "photos", tmp_path / "run", ["cam"]))
+
+
+@pytest.mark.parametrize(
+    ("text", "seconds"), [("90", 90), ("90s", 90), ("1.5m", 90), ("2 h", 7200), ("1D", 86400), (".5min", 30)]
+)
+def test_budgets(text, seconds):
+    assert parse_budget(text) == seconds
+
+
+@pytest.mark.parametrize("text", ["", "h", "2 weeks", "-1h", "0", "1h30"])
+def test_what_is_no_budget_is_refused(text):
+    with pytest.raises(InputError, match="give a time as 90s, 15m, 2h or 1d"):
+        parse_budget(text)
+
+
+def test_durations_are_in_the_unit_one_would_use():
+    assert [duration(seconds) for seconds in (0.25, 119, 121, 7300, 200_000)] == [
+        *("0.2 s", "119.0 s", "2.0 min", "2.0 h", "2.3 days")
+    ]
+
+
+def test_both_commands_say_the_same(make_model, photographs, tmp_path, monkeypatch):
+    monkeypatch.setattr(forecasts, "LANE_SECONDS", 0.0)
+    arguments = [str(make_model()), str(photographs), "-m", "score-cam", "--batch-size", "4", "--json"]
+    plan = CliRunner().invoke(main, ["plan", *arguments, "--budget", "1d"])
+    dry = CliRunner().invoke(main, ["explain", *arguments, "-o", str(tmp_path / "run"), "--dry-run"])
+    assert (plan.exit_code, dry.exit_code) == (0, 0)
+    told, other = json.loads(plan.stdout), json.loads(dry.stdout)
+    assert told["methods"][0]["forward"] == other["methods"][0]["forward"] > 0
+    assert (told["fits"], other["fits"]) == (True, None)
+    assert not (tmp_path / "run").exists()
+    refused = CliRunner().invoke(main, ["plan", *arguments[:2], "--budget", "soon"])
+    assert refused.exit_code == 2
