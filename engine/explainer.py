@@ -8,6 +8,7 @@ from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Seq
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+from zlib import crc32
 
 import numpy as np
 import numpy.typing as npt
@@ -18,12 +19,14 @@ from ..models.preprocess import ImageRefused, decode, denormalise, normalise, vi
 from ..models.spec import ModelSpec
 from ..models.superpixels import Segmentation, cut
 from .backends import Session, first_line
+from .coincide import Asked, joined
 from .opening import Loaded, blank_batch, load
 from .passes import Passed, Passes, open_passes
 from .schedule import HEAD, NETWORK, OBSERVE, Batch, Run, Scheduler
 from .trial import try_model
 from .types import (
     SEGMENT_MEAN,
+    Bank,
     Combined,
     Expansion,
     Explanation,
@@ -108,6 +111,7 @@ class _State:
     raw: Array | None = None
     observations: dict[int, Observation] = field(default_factory=dict)
     expansions: dict[int, Expansion] = field(default_factory=dict)
+    asked: dict[int, Asked] = field(default_factory=dict)  # by the first of the methods that take from it
     baselines: dict[Hashable, Array | None] = field(default_factory=dict)
     segments: dict[Segmentation, Array] = field(default_factory=dict)
     results: dict[int, Array] = field(default_factory=dict)
@@ -283,9 +287,9 @@ class Engine:
             return
         key, method = run.key
         state = self._states[key]
-        expansion = state.expansions[method]
+        asked = state.asked[method]
         image = state.item.image
-        bank, rows = expansion.bank, slice(run.start, run.stop)
+        bank, rows = asked.bank, slice(run.start, run.stop)
         if bank is None:
             place[:] = image
             return
@@ -293,7 +297,7 @@ class Engine:
         if isinstance(bank, TapBank) and features is not None:
             np.multiply(features, bank.masks[rows], out=self._taps[run.slots])
             return
-        baseline, layout = self._baseline(state, method, expansion), self.loaded.spec.layout
+        baseline, layout = self._baseline(state, asked), self.loaded.spec.layout
         masks = self._masks[: run.stop - run.start]
         if isinstance(bank, PathBank):
             masks[:] = bank.shares[rows, None, None]
@@ -311,12 +315,12 @@ class Engine:
             host.window_masks(bank.boxes[rows], self.loaded.facts.size, out=masks)
         host.blend(image, masks, baseline, layout, out=place)
 
-    def _baseline(self, state: _State, method: int, expansion: Expansion) -> Array | None:
-        """What stands for absence; made once for an image, or once for each of its methods' superpixels."""
-        image, name, bank = state.item.image, expansion.baseline, expansion.bank
+    def _baseline(self, state: _State, asked: Asked) -> Array | None:
+        """What stands for absence; made once for an image, or once for each of its superpixels."""
+        image, name, bank = state.item.image, asked.baseline, asked.bank
         key: Hashable = name
         if name == SEGMENT_MEAN and isinstance(bank, SegmentBank):
-            key = (name, method)
+            key = (name, id(bank.segments))
             if key not in state.baselines:
                 state.baselines[key] = _segment_means(image, self.loaded.spec, bank.segments)
         elif key not in state.baselines:
@@ -326,16 +330,15 @@ class Engine:
 
     def _noisy(self, key: tuple[Hashable, int], image: Array, draw: int, share: float) -> Array:
         """The image plus a draw of Gaussian noise that depends on the seed, the image, the method and its number."""
-        generator = np.random.Generator(
-            np.random.Philox(key=self._key(self._states[key[0]].item.identity, key[1]), counter=[0, 0, 0, draw])
-        )
+        state, name = self._states[key[0]], self.loaded.calls[key[1]].method.name
+        stream = [0, 0, crc32(name.encode()), draw]
+        generator = np.random.Generator(np.random.Philox(key=self._key(state.item.identity), counter=stream))
         deviation = share * (float(image.max()) - float(image.min()))
         return np.asarray(image + deviation * generator.standard_normal(image.shape, dtype=np.float32))
 
-    def _key(self, identity: str, method: int) -> Array:
-        """Philox's key for random numbers of an image and a method."""
-        name = f"{identity}/{self.loaded.calls[method].method.name}"
-        digest = int.from_bytes(hashlib.blake2b(name.encode(), digest_size=8).digest(), "little")
+    def _key(self, identity: str) -> Array:
+        """Philox's key for the random numbers of an image."""
+        digest = int.from_bytes(hashlib.blake2b(identity.encode(), digest_size=8).digest(), "little")
         return np.array([self._seed, digest], np.uint64)
 
     def _segments(self, state: _State, wanted: tuple[Segmentation, ...]) -> tuple[Array, ...]:
@@ -354,6 +357,7 @@ class Engine:
             return [run.key]
         state.targets = self._resolve(raw, state.item.label, passed.classes[slot])
         classes = np.array([target for target, _ in state.targets])
+        first: dict[int, Expansion] = {}
         for method, call in enumerate(self.loaded.calls):
             returned = tuple(
                 Returned(passed.returned[request].values[slot].copy(), passed.returned[request].kept[slot].copy())
@@ -361,7 +365,7 @@ class Engine:
             )
             image = self._channels_first(state.item.image)
             segments = self._segments(state, call.method.superpixels(call.parameters))
-            key = self._key(state.item.identity, method)
+            key = self._key(state.item.identity)
             names = call.method.layers(self.loaded.facts, call.parameters)
             layers = tuple(passed.layers[name][slot].copy() for name in names)
             observation = Observation(image, raw, classes, features, returned, layers, segments, key)
@@ -369,29 +373,41 @@ class Engine:
             if not all(np.isfinite(found.values).all() for found in returned):
                 state.expansions[method] = Expansion()  # without a map, its rows are nonfinite
                 continue
-            expansion = call.method.expand(self.loaded.facts, observation, call.parameters, self._shared[method])
-            self._expand(scheduler, state, method, expansion)
+            first[method] = call.method.expand(self.loaded.facts, observation, call.parameters, self._shared[method])
+        self._expand(scheduler, state, first)
         return [] if state.left else [run.key]
 
-    def _expand(self, scheduler: Scheduler, state: _State, method: int, expansion: Expansion) -> None:
-        """Queue an expansion's rows; without any, it is combined at once."""
-        while True:
+    def _expand(self, scheduler: Scheduler, state: _State, expansions: Mapping[int, Expansion]) -> None:
+        """Queue what methods ask for, equal rows of theirs once; what needs no row is combined at once."""
+        banks: dict[int, tuple[Bank, str]] = {}
+        for method, first in expansions.items():
+            expansion = self._settled(state, method, first)
+            if expansion is None:
+                continue
+            state.left += 1
+            if expansion.through is None and expansion.bank is not None and not isinstance(expansion.bank, TapBank):
+                banks[method] = (expansion.bank, expansion.baseline)
+                continue
+            state.asked[method] = Asked(expansion.bank, expansion.baseline, {method: None})
+            scheduler.add_rows((state.item.key, method), _rows(expansion), expansion.through or HEAD)
+        for group in joined(banks):
+            method = next(iter(group.takers))
+            state.asked[method] = group
+            scheduler.add_rows((state.item.key, method), len(group))
+
+    def _settled(self, state: _State, method: int, expansion: Expansion | None) -> Expansion | None:
+        """Combine what needs no rows; the expansion that does, with room for what they give."""
+        while expansion is not None:
             state.expansions[method] = expansion
             rows = _rows(expansion)
             if rows and expansion.through is not None:
                 state.results.pop(method, None)  # the shape of the sums comes with the first row
-            else:
-                asked = _asked(state, method)
-                state.results[method] = np.zeros((len(asked), rows), dtype=np.float32)
+                return expansion
+            state.results[method] = np.zeros((len(_asked(state, method)), rows), dtype=np.float32)
             if rows:
-                lane = HEAD if isinstance(expansion.bank, TapBank) else expansion.through or NETWORK
-                scheduler.add_rows((state.item.key, method), rows, lane)
-                state.left += 1
-                return
-            following = self._combine(state, method)
-            if following is None:
-                return
-            expansion = following
+                return expansion
+            expansion = self._combine(state, method)
+        return None
 
     def _combine(self, state: _State, method: int) -> Expansion | None:
         """Combine what a method's rows gave; returns the next rows where it wants more."""
@@ -414,12 +430,22 @@ class Engine:
         return list(zip(wanted, [source for _, source in target_rows(self.targets, label)], strict=True))
 
     def _score(self, scheduler: Scheduler, run: Run, raw: Array) -> list[Hashable]:
-        key, method = run.key
+        """Give some rows' scores to every method that takes from them."""
+        key, first = run.key
         state = self._states[key]
-        kind = self.loaded.posterior if state.expansions[method].score == "posterior" else "none"
-        scores = host.class_scores(raw, _asked(state, method), kind).T
-        state.results[method][:, run.start : run.stop] = scores
-        return self._folded(scheduler, run, bool(np.isfinite(scores).all()))
+        takers = state.asked[first].takers
+        for method, places in list(takers.items()):
+            kind = self.loaded.posterior if state.expansions[method].score == "posterior" else "none"
+            scores = host.class_scores(raw, _asked(state, method), kind).T
+            if places is None:
+                state.results[method][:, run.start : run.stop] = scores
+            else:
+                rows = np.flatnonzero((places >= run.start) & (places < run.stop))
+                scores = scores[:, places[rows] - run.start]
+                state.results[method][:, rows] = scores
+            if not np.isfinite(scores).all():
+                self._drop(scheduler, run.key, method)
+        return self._folded(scheduler, run)
 
     def _sum(self, scheduler: Scheduler, run: Run, passed: Passed) -> list[Hashable]:
         """Add what came back for some rows to their targets' sums."""
@@ -443,21 +469,29 @@ class Engine:
                 state.results[method] = np.zeros((len(state.targets), *value.shape), dtype=np.float64)
             weight = 1.0 if expansion.weights is None else float(expansion.weights[row])
             state.results[method][of[row]] += weight * value
-        return self._folded(scheduler, run, bool(np.isfinite(state.results[method]).all()))
+        if not np.isfinite(state.results[method]).all():
+            self._drop(scheduler, run.key, method)
+        return self._folded(scheduler, run)
 
-    def _folded(self, scheduler: Scheduler, run: Run, finite: bool) -> list[Hashable]:
-        """After some rows of a request: which image is finished by them."""
-        key, method = run.key
+    def _drop(self, scheduler: Scheduler, asked: tuple[Hashable, int], method: int) -> None:
+        """No map can come of a method any more; its request ends where no other takes from it."""
+        key, first = asked
         state = self._states[key]
-        if not finite:  # no map can come of it: its other passes are not run
-            scheduler.cancel(run.key)
-            state.results[method][:] = np.nan
-        if finite and not scheduler.complete(run):
-            return []
+        state.results[method][:] = np.nan
         state.left -= 1
-        following = self._combine(state, method)
-        if following is not None:
-            self._expand(scheduler, state, method, following)
+        del state.asked[first].takers[method]
+        if not state.asked[first].takers:
+            scheduler.cancel(asked)
+
+    def _folded(self, scheduler: Scheduler, run: Run) -> list[Hashable]:
+        """After some rows of a request: which image is finished by them."""
+        key, first = run.key
+        state = self._states[key]
+        takers = state.asked[first].takers
+        if takers and scheduler.complete(run):
+            state.left -= len(takers)
+            following = {method: self._combine(state, method) for method in takers}
+            self._expand(scheduler, state, {method: asked for method, asked in following.items() if asked is not None})
         return [] if state.left else [key]
 
     def _channels_first(self, image: Array) -> Array:
@@ -521,9 +555,8 @@ def _asked(state: _State, method: int) -> Array:
 
 def _rows(expansion: Expansion) -> int:
     """How many passes an expansion asks for."""
-    if expansion.bank is not None:
-        return len(expansion.bank)
-    return 0 if expansion.starts is None else len(expansion.starts)
+    rows = expansion.bank if expansion.bank is not None else expansion.starts
+    return 0 if rows is None else len(rows)
 
 
 def _of(expansion: Expansion) -> Array:

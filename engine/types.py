@@ -153,7 +153,7 @@ class Observation:
         returned: for each of the method's requests, what came back.
         layers: for each of the method's other layers, its maps (c, h, w).
         segments: for each of the method's segmentations, the segment of every pixel (H, W) int32.
-        key: (2,) uint64, Philox's, for random numbers of this image and method.
+        key: (2,) uint64, Philox's, for random numbers of this image.
     """
 
     image: Array

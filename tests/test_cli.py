@@ -267,7 +267,7 @@ def test_missing_arguments_and_unknown_commands(heatmill, here):
         assert "give MODEL, INPUTS and -o OUT (heatmill explain --help)" in refusal(
             heatmill, here, "explain", *arguments
         )
-    assert "No such command 'explian'. Did you mean 'explain'?" in refusal(heatmill, here, "explian")
+    assert "No such command 'explian'. (Did you mean one of: 'explain', 'plan'?)" in refusal(heatmill, here, "explian")
     assert "Missing argument 'RUN'. (heatmill verify --help)" in refusal(heatmill, here, "verify")
 
 

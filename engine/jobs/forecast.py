@@ -60,6 +60,7 @@ class Rehearsal(Engine):
         super().__init__(*given, **named)
         self.known: dict[Hashable, _Lane] = {}
         self.counts: Counter[tuple[int, Hashable]] = Counter()
+        self.shared: Counter[int] = Counter()
         self.counting = True
         self._limit = seconds
         self._answered = False
@@ -70,14 +71,28 @@ class Rehearsal(Engine):
         observing = any(run.observe for run in batch.runs)
         enough = known is not None and known.timed > 0 and known.seconds >= self._limit and known.rows >= rows
         self._answered = enough and not observing
-        for run in batch.runs:
-            method = -1 if run.observe else run.key[1]
-            self.counts[method, OBSERVE if run.observe else batch.lane] += (run.stop - run.start) * self.counting
+        if self.counting:
+            self._count(batch)
         start = time.perf_counter()
         yield from super()._run(scheduler, batch)
         if not self._answered and known is not None:  # the first batch of a graph is its slowest
             known.seconds += time.perf_counter() - start
             known.timed += rows
+
+    def _count(self, batch: Batch) -> None:
+        """A row that several methods take from is the first one's, and shared by the others."""
+        for run in batch.runs:
+            if run.observe:
+                self.counts[-1, OBSERVE] += 1
+                continue
+            image, first = run.key
+            taken = np.zeros(run.stop - run.start, bool)
+            for method, places in self._states[image].asked[first].takers.items():
+                rows = np.arange(run.start, run.stop) if places is None else np.unique(places)
+                rows = rows[(rows >= run.start) & (rows < run.stop)] - run.start
+                self.counts[method, batch.lane] += int((~taken[rows]).sum())
+                self.shared[method] += int(taken[rows].sum())
+                taken[rows] = True
 
     def _fill(self, run: Run) -> None:
         if not self._answered:
@@ -197,6 +212,7 @@ def _rehearsed(
                 "forward": sum(count for lane, count in rows.items() if lane == NETWORK) / len(items),
                 "backward": sum(count for lane, count in rows.items() if lane in passes.through) / len(items),
                 "head": sum(count for lane, count in rows.items() if lane == HEAD) / len(items),
+                "shared": engine.shared[number] / len(items),
                 "seconds_per_image": sum(engine.seconds_of(lane) * count for lane, count in rows.items()) / len(items),
                 "bytes_per_image": sizes[call.text] / len(items),
             }
@@ -285,7 +301,7 @@ def forecast_text(found: Mapping[str, Any]) -> str:
 
 
 def _line(each: Mapping[str, Any]) -> str:
-    kinds = (("forward", "forward"), ("backward", "there and back"), ("head", "through the head"))
+    kinds = (("forward", "forward"), ("backward", "there and back"), ("head", "through the head"), ("shared", "shared"))
     passes = ", ".join(f"{each[key]:.0f} {told}" for key, told in kinds if each[key]) or "none of its own"
     return f"{each['method']}: {passes}; {each['seconds_per_image']:.3g} s, in all {duration(each['seconds'])}"
 

@@ -29,9 +29,9 @@ from .segments import (
     ONE_SEGMENT,
     SAME_SCORE,
     STEADY,
+    coin_flips,
     distinct,
     painted,
-    random_of,
     segments_of,
     superpixel_options,
     superpixels,
@@ -48,7 +48,7 @@ def expand(facts: Facts, observation: Observation, parameters: Parameters, share
     bits = np.ones((1 + count + len(pairs) + samples, count), np.uint8)
     for row, hidden in enumerate([*((part,) for part in range(count)), *pairs], start=1):
         bits[row, list(hidden)] = 0
-    bits[-samples:] = random_of(observation).random((samples, count)) < 0.5
+    bits[-samples:] = coin_flips(observation, samples, count)
     once, uses = distinct(bits)
     carry = (uses, pairs, 2.0 * bits[-samples:] - 1)
     extras = {"passes": len(once), "segments": count, "samples": samples}

@@ -73,7 +73,7 @@ def coalitions(count: int, samples: int, random: np.random.Generator) -> tuple[A
 def expand(facts: Facts, observation: Observation, parameters: Parameters, shared: Bank | None) -> Expansion:
     """Row 0 shows nothing, row 1 everything; then coalitions, equal ones once with their weights' sum."""
     segments, count = segments_of(observation)
-    bits, weights = coalitions(count, int(parameters["samples"]), random_of(observation))
+    bits, weights = coalitions(count, int(parameters["samples"]), random_of(observation, "kernel-shap"))
     once, uses = distinct(bits) if len(bits) else (bits, np.zeros(0, np.intp))
     weights = np.bincount(uses, weights, len(once))
     ends = np.repeat(np.array([[0], [1]], np.uint8), count, axis=1)

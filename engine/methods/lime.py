@@ -26,9 +26,9 @@ from .segments import (
     ONE_SEGMENT,
     SAME_SCORE,
     STEADY,
+    coin_flips,
     distinct,
     painted,
-    random_of,
     segments_of,
     superpixel_options,
     superpixels,
@@ -38,7 +38,7 @@ from .segments import (
 def expand(facts: Facts, observation: Observation, parameters: Parameters, shared: Bank | None) -> Expansion:
     """Row 0 shows everything; the others each part with an even chance."""
     segments, count = segments_of(observation)
-    bits = (random_of(observation).random((int(parameters["samples"]), count)) < 0.5).astype(np.uint8)
+    bits = coin_flips(observation, int(parameters["samples"]), count)
     bits[0] = 1
     once, uses = distinct(bits)
     extras = {"passes": len(once), "segments": count}

@@ -149,7 +149,7 @@ def _method(row: Row) -> Method:
         extras = {"passes": 0, "channels": len(features), "constant": int((~live).sum())}
         if not live.any():
             return Expansion(carry=np.full(len(features), -1), extras=extras)
-        masks, uses = row.trying(features, live, facts.size, parameters, random_of(observation))
+        masks, uses = row.trying(features, live, facts.size, parameters, random_of(observation, row.name))
         extras["passes"] = masks.shape[0] * masks.shape[1]
         bank = MapBank(masks.reshape(-1, *masks.shape[2:]))
         return Expansion(bank, str(parameters["baseline"]), carry=uses, extras=extras)

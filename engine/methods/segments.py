@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from zlib import crc32
+
 import numpy as np
 
 from ...kernels import host
@@ -35,9 +37,17 @@ def segments_of(observation: Observation) -> tuple[Array, int]:
     return segments, int(segments.max()) + 1
 
 
-def random_of(observation: Observation) -> np.random.Generator:
-    """The random numbers of this image and method."""
-    return np.random.Generator(np.random.Philox(key=observation.key))
+def random_of(observation: Observation, stream: str) -> np.random.Generator:
+    """The random numbers of this image, a stream for each name."""
+    return np.random.Generator(np.random.Philox(key=observation.key, counter=[0, 0, 0, crc32(stream.encode())]))
+
+
+def coin_flips(observation: Observation, samples: int, count: int) -> Array:
+    """Coalitions that show each of `count` parts with an even chance, (samples, count) uint8.
+
+    They are the same for every method, and fewer are the first of more: methods asked together share their passes.
+    """
+    return np.asarray(random_of(observation, "coin flips").random((samples, count)) < 0.5, np.uint8)
 
 
 def distinct(bits: Array) -> tuple[Array, Array]:

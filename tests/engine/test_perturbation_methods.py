@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from itertools import combinations
+from zlib import crc32
 
 import numpy as np
 import onnx
@@ -48,8 +49,13 @@ def asked_of(explainer: Explainer, image: np.ndarray, position: int = 0) -> tupl
     engine_call = explainer._loaded.calls[0]
     picture = denormalise(image, explainer.spec)
     segments = tuple(cut(picture, how) for how in engine_call.method.superpixels(engine_call.parameters))
-    key = Engine(explainer._loaded, explainer._session, [Target("predicted")], 1)._key(str(position), 0)
+    key = Engine(explainer._loaded, explainer._session, [Target("predicted")], 1)._key(str(position))
     return Observation(image, np.zeros(0), np.zeros(0), None, segments=segments, key=key), key
+
+
+def drawn(key: np.ndarray, stream: str) -> np.random.Generator:
+    """The random numbers of an image: a counter for each purpose."""
+    return np.random.Generator(np.random.Philox(key=key, counter=[0, 0, 0, crc32(stream.encode())]))
 
 
 @pytest.mark.parametrize("options", ["", ",stride=8,baseline=zero", ",window=40"])
@@ -109,7 +115,7 @@ def test_lime_is_weighted_ridge_regression(make_model, kind, baseline):
     segments = observation.segments[0]
     count = segments.max() + 1
     assert count > 1
-    bits = np.random.Generator(np.random.Philox(key=key)).random((40, count)) < 0.5
+    bits = drawn(key, "coin flips").random((40, count)) < 0.5
     bits[0] = True
     for k, c in enumerate(result.targets[0]):
         literal = literal_lime(net, x, c, segments, bits, baseline)
@@ -187,7 +193,7 @@ def test_scores_that_hiding_does_not_change_are_said_to_be_so(make_model):
 def kin_literal(name, net, x, c, key):
     """Weights by the mean posterior of the tried masks, the feature maps summed up and scaled at full size."""
     A = net(x)[1].astype(np.float32)
-    random = np.random.Generator(np.random.Philox(key=key))
+    random = drawn(key, name)
     live = [i for i, a in enumerate(A) if a.max() > a.min()]
     distinct = sorted({A[i].tobytes() for i in live})
     score = lambda mask: net.posterior(x * mask)[c]  # noqa: E731

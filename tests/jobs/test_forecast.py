@@ -41,7 +41,8 @@ def test_the_passes_that_are_told_are_those_that_are_run(make_model, photographs
         rows = [row for row in open_run(asked.out).rows(method=method) if row.target_source == "top1"]
         passes = sum(row.extras["passes"] for row in rows) / 6
         each = by_method[method]
-        assert each["forward"] + each["backward"] + each["head"] == pytest.approx(passes)
+        assert each["forward"] + each["backward"] + each["head"] + each["shared"] == pytest.approx(passes)
+    assert by_method["fg-cam:base=score-cam,to=r1"]["shared"] == by_method["score-cam"]["forward"] > 0
     assert by_method["ablation-cam"]["head"] > 0
     assert by_method["integrated-gradients:steps=5"]["backward"] == 12
     assert by_method["lrp"]["seconds_per_image"] == 0, "it rides with the observation"
