@@ -101,7 +101,7 @@ class Watch:
 def explain(case: Case, model: Path, method: str, precision: str = "fp32") -> tuple[Any, Report]:
     from heatmill import Explainer
 
-    layer = case.layer if method.startswith("score-cam") else None
+    layer = case.layer if method.startswith(("score-cam", "ablation-cam")) else None
     watch = Watch()
     explainer = Explainer(model, method=method, layer=layer, precision=precision)
     watch.opened()
@@ -114,6 +114,10 @@ def explain(case: Case, model: Path, method: str, precision: str = "fp32") -> tu
 
 def heatmill_score_cam(variant: str, precision: str = "fp32") -> Callable[[Case], Report]:
     return lambda case: explain(case, case.model, f"score-cam:variant={variant}", precision)[1]
+
+
+def heatmill_ablation_cam(case: Case) -> Report:
+    return explain(case, case.model, "ablation-cam")[1]
 
 
 def rise_method(case: Case) -> str:
@@ -189,6 +193,25 @@ def grad_cam(precision: str = "") -> Callable[[Case], Report]:
         return {**run, "target": target, "extras": {"batch": batch, **case.fastest.get(precision, {})}, "map": saliency}
 
     return measure
+
+
+def grad_cam_ablation(case: Case) -> Report:
+    """pytorch-grad-cam's AblationCAM as its README uses it: batch 32, a pass through the whole network per channel."""
+    import torch
+    from torch_models import import_torchvision, layer_name, torch_model
+
+    import_torchvision()
+    from pytorch_grad_cam import AblationCAM
+
+    watch = Watch()
+    model = torch_model(case.model)
+    x = torch.from_numpy(case.image)
+    watch.opened()
+    with AblationCAM(model=model, target_layers=[model.get_submodule(layer_name(case.layer))]) as cam:
+        saliency = cam(input_tensor=x, targets=None)[0]
+        target = int(cam.outputs.argmax())
+    run = watch.stop()
+    return {**run, "target": target, "extras": {"batch": cam.batch_size}, "map": saliency}
 
 
 def torchcam(precision: str = "") -> Callable[[Case], Report]:
@@ -361,6 +384,8 @@ ROWS: dict[str, Row] = {
     "torchcam/readme": Row("ScoreCAM as its README has it: batch 32, layer found by itself", torchcam()),
     "torchcam/best-fp32": Row("ScoreCAM over the fastest fp32 forward, memory kept", torchcam("fp32")),
     "torchcam/best-bf16": Row("ScoreCAM over the fastest bf16 forward, memory kept", torchcam("bf16")),
+    "heatmill/ablation-cam": Row("Ablation-CAM; here the head is linear: no passes", heatmill_ablation_cam, peer=False),
+    "pytorch-grad-cam/ablation-cam": Row("AblationCAM as its README has it: batch 32", grad_cam_ablation),
     "heatmill/rise": Row("RISE", heatmill_rise(), peer=False),
     "heatmill/rise/bf16": Row("RISE in bf16", heatmill_rise("bf16"), "amx_bf16", peer=False),
     "dianna/readme": Row("RISE given the file, as its README has it, p_keep fixed", dianna_rise()),
@@ -376,6 +401,7 @@ SAME_MAPS = (
     ("heatmill/torchcam", "torchcam/readme"),
     ("heatmill/torchcam", "torchcam/best-bf16"),
     ("heatmill/torchcam/bf16", "torchcam/readme"),
+    ("heatmill/ablation-cam", "pytorch-grad-cam/ablation-cam"),
     ("heatmill/rise", "dianna/same-masks"),
     ("heatmill/rise", "dianna/readme"),
     ("heatmill/rise/bf16", "heatmill/rise"),
@@ -391,6 +417,7 @@ SAME_WORK = (
     ("heatmill/torchcam", "torchcam/best-bf16"),
     ("heatmill/torchcam/bf16", "torchcam/readme"),
     ("heatmill/torchcam/bf16", "torchcam/best-bf16"),
+    ("heatmill/ablation-cam", "pytorch-grad-cam/ablation-cam"),
     ("heatmill/rise", "dianna/readme"),
     ("heatmill/rise", "dianna/one-session"),
     ("heatmill/rise/bf16", "dianna/one-session"),

@@ -21,6 +21,7 @@ from PIL import Image
 from heatmill import __version__, open_run
 from heatmill.cli import main
 from heatmill.engine.jobs import bench as benching
+from heatmill.engine.jobs import forecast as forecasting
 from heatmill.engine.jobs import plan as plans
 from heatmill.engine.jobs import sources, store
 from heatmill.engine.methods import METHODS, parse_method
@@ -28,7 +29,7 @@ from tests.architectures import vit
 from tests.engine.test_trt import install
 
 ROOT = Path(__file__).resolve().parents[1]
-COMMANDS = ["bench", "compile", "demo", "doctor", "explain", "inspect", "methods", "report", "verify"]
+COMMANDS = ["bench", "compile", "demo", "doctor", "explain", "inspect", "methods", "plan", "report", "verify"]
 
 
 @pytest.fixture
@@ -566,7 +567,8 @@ def test_help(heatmill):
 def test_the_examples_of_the_help_run(heatmill, here, monkeypatch):
     """All but the demo's, which needs its extra."""
     monkeypatch.setattr(benching, "BARE_SECONDS", 0.01)
-    for command in ("explain", "verify", "report", "inspect", "methods", "doctor", "bench"):
+    monkeypatch.setattr(forecasting, "LANE_SECONDS", 0.01)
+    for command in ("explain", "verify", "report", "inspect", "methods", "doctor", "bench", "plan"):
         for line in examples(command):
             if command == "explain":
                 shutil.rmtree("run", ignore_errors=True)
