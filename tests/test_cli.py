@@ -498,7 +498,7 @@ def test_every_flag_can_stand_in_a_config(heatmill, here):
     keys = {
         *("model", "inputs", "out", "method", "target", "layer", "preprocess", "labels", "output", "scores", "backend"),
         *("provider", "precision", "batch-size", "seed", "limit", "workers", "max-bad", "overwrite", "save-overlays"),
-        *("quiet", "log-format", "json"),
+        *("quiet", "log-format", "json", "dry-run"),
     }
     assert tomllib.loads(text).keys() == keys
     assert tomllib.loads(text)["method"] == ["score-cam", "rise:masks=9"]

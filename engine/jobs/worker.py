@@ -12,9 +12,10 @@ import os
 import time
 import traceback
 from collections import deque
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
+from itertools import islice
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
@@ -349,29 +350,38 @@ def _items(
     collector: Collector,
     marks: Marks,
 ) -> Iterator[Item]:
-    """The images of the shards in order, decoded ahead by threads; bad ones go to the collector at once."""
-    coming: deque[tuple[int, dict[str, Any], Future[Prepared]]] = deque()
-    waiting = (row for shard in order.todo for row in plan.rows(shard))
-    while True:
-        while len(coming) < window:
-            row = next(waiting, None)
-            if row is None:
-                break
+    """The images of the shards in order; bad ones go to the collector at once."""
+
+    def wanted() -> Iterator[dict[str, Any]]:
+        for row in (row for shard in order.todo for row in plan.rows(shard)):
             marks.add(row)
             if row in order.crashed:
-                collector.refuse(row, Prepared(None, status="worker_crash", error="the image killed the worker twice"))
+                told = "the image killed the worker twice"
+                collector.refuse(row, Prepared(None, status="worker_crash", error=told))
                 continue
-            image = plan.images.slice(row, 1).to_pylist()[0]
-            how = (loaded.spec, loaded.model.input.dtype, loaded.segmentations)
-            coming.append((row, image, pool.submit(prepare, image, *how)))
-        if not coming:
-            return
-        row, image, future = coming.popleft()
-        prepared = future.result()
+            yield plan.images.slice(row, 1).to_pylist()[0]
+
+    for image, prepared in prepared_ahead(pool, window, wanted(), loaded):
         if marks.stopping:
             raise _Drained
         if prepared.image is None:
-            collector.refuse(row, prepared)
+            collector.refuse(image["row"], prepared)
             continue
-        collector.prepared[row] = Prepared(None, prepared.width, prepared.height, prepared.crop_box)
-        yield Item(row, prepared.image, image.get("target"), prepared.segments, image["id"])
+        collector.prepared[image["row"]] = Prepared(None, prepared.width, prepared.height, prepared.crop_box)
+        yield Item(image["row"], prepared.image, image.get("target"), prepared.segments, image["id"])
+
+
+def prepared_ahead(
+    pool: ThreadPoolExecutor, window: int, rows: Iterable[dict[str, Any]], loaded: Loaded
+) -> Iterator[tuple[dict[str, Any], Prepared]]:
+    """Rows of a plan in their order, prepared by threads while those before them are used; at most `window` wait."""
+    waiting = iter(rows)
+    coming: deque[tuple[dict[str, Any], Future[Prepared]]] = deque()
+    while True:
+        for row in islice(waiting, window - len(coming)):
+            how = (loaded.spec, loaded.model.input.dtype, loaded.segmentations)
+            coming.append((row, pool.submit(prepare, row, *how)))
+        if not coming:
+            return
+        row, future = coming.popleft()
+        yield row, future.result()
