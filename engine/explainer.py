@@ -1,14 +1,13 @@
-"""schedule -> perturb -> run -> scatter -> combine: from images to raw saliency maps, over one open model."""
+"""schedule -> paint -> run -> scatter -> combine: from images to raw saliency maps, over one open model."""
 
 from __future__ import annotations
 
-import hashlib
 import time
+from collections import deque
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
-from zlib import crc32
 
 import numpy as np
 import numpy.typing as npt
@@ -18,76 +17,30 @@ from ..kernels import finish, host
 from ..models.preprocess import ImageRefused, decode, denormalise, normalise, view
 from ..models.spec import ModelSpec
 from ..models.superpixels import Segmentation, cut
-from .backends import Session, first_line
+from .backends import DeviceSession, Session, first_line
+from .canvas import DeviceCanvas, HostCanvas, Ran, Wish, random_key
 from .coincide import Asked, joined
 from .opening import Loaded, blank_batch, load
 from .passes import Passed, Passes, open_passes
 from .schedule import HEAD, NETWORK, OBSERVE, Batch, Run, Scheduler
 from .trial import try_model
 from .types import (
-    SEGMENT_MEAN,
     Bank,
     Combined,
     Expansion,
     Explanation,
-    GridBank,
     Item,
-    MapBank,
     MethodCall,
     Observation,
-    PathBank,
     Returned,
-    SegmentBank,
+    Summed,
     TapBank,
     Target,
-    WindowBank,
     parse_targets,
     target_rows,
 )
 
 Array = npt.NDArray[Any]
-
-
-def _black(image: Array, spec: ModelSpec) -> Array:
-    pixels = np.zeros((*spec.input_size[1:], spec.input_size[0]), dtype=np.uint8)
-    return normalise(pixels, spec, str(image.dtype))
-
-
-def _mean(image: Array, spec: ModelSpec) -> Array:
-    axes = (1, 2) if spec.layout == "NCHW" else (0, 1)
-    return np.asarray(image.mean(axis=axes, keepdims=True, dtype=np.float64), dtype=np.float32)
-
-
-def _blurred(image: Array, spec: ModelSpec, size: str = "51", sigma: str = "50") -> Array:
-    """Kernel size and sigma are Group-CAM's where none are given."""
-    kernel, deviation = int(size), float(sigma)
-    if spec.layout == "NCHW":
-        return host.blur(image.astype(np.float32), kernel, deviation)
-    return host.blur(image.transpose(2, 0, 1).astype(np.float32), kernel, deviation).transpose(1, 2, 0)
-
-
-def _segment_means(image: Array, spec: ModelSpec, segments: Array) -> Array:
-    if spec.layout == "NCHW":
-        return host.segment_means(image, segments)
-    return host.segment_means(image.transpose(2, 0, 1), segments).transpose(1, 2, 0)
-
-
-def _least(image: Array, spec: ModelSpec) -> Array:
-    return np.array(image.min(), dtype=np.float32)
-
-
-def _greatest(image: Array, spec: ModelSpec) -> Array:
-    return np.array(image.max(), dtype=np.float32)
-
-
-BASELINES: dict[str, Callable[..., Array | None]] = {
-    "zero": lambda image, spec: None,
-    "black": _black,
-    "mean": _mean,
-    "blur": _blurred,
-    "least": _least,
-    "greatest": _greatest,
-}
 
 
 @dataclass(slots=True)
@@ -112,7 +65,6 @@ class _State:
     observations: dict[int, Observation] = field(default_factory=dict)
     expansions: dict[int, Expansion] = field(default_factory=dict)
     asked: dict[int, Asked] = field(default_factory=dict)  # by the first of the methods that take from it
-    baselines: dict[Hashable, Array | None] = field(default_factory=dict)
     segments: dict[Segmentation, Array] = field(default_factory=dict)
     results: dict[int, Array] = field(default_factory=dict)
     combined: dict[int, Combined] = field(default_factory=dict)
@@ -164,11 +116,12 @@ class Engine:
             self._lanes[HEAD] = self.passes.head.batch_size
         if self._lanes or self.passes.observe:
             self._lanes[OBSERVE] = self.passes.observe.batch_size if self.passes.observe else batch_size
-        self._buffer = blank_batch(loaded, max([batch_size, *self._lanes.values()]))
-        self._masks = np.empty((len(self._buffer), *facts.size), dtype=np.float32)
         head = self.passes.head
         taps = (head.batch_size, head.tap.channels, *head.tap.grid) if head else (0,)
-        self._taps = np.zeros(taps, dtype=np.float32)
+        self._host = HostCanvas(loaded, session, max([batch_size, *self._lanes.values()]), taps, seed)
+        self._canvas: HostCanvas | DeviceCanvas = self._host
+        if isinstance(session, DeviceSession):
+            self._canvas = DeviceCanvas(loaded, session, batch_size, self._host)
         self._states: dict[Hashable, _State] = {}
 
     def _told(self, call: MethodCall) -> dict[str, str]:
@@ -188,6 +141,7 @@ class Engine:
         """
         scheduler = Scheduler(self.batch_size, self._expected, self._lanes)
         source = iter(items)
+        flying: deque[tuple[Batch, Ran]] = deque()
         exhausted = False
         while True:
             start = time.perf_counter()
@@ -201,54 +155,74 @@ class Engine:
                 self._states[item.key] = _State(item, segments=dict(item.segments))
                 scheduler.add_image(item.key)
             self.stages.prepare += time.perf_counter() - start
-            batch = scheduler.next_batch()
-            if batch is None:
+            batch = scheduler.next_batch(full=bool(flying))
+            if batch is not None:
+                flying.append((batch, self._submit(batch)))
+            elif not flying:
                 break
-            yield from self._run(scheduler, batch)
+            ahead = self._canvas.ahead if batch is not None and self._alone(batch) else 0
+            while len(flying) > ahead:
+                yield from self._collect(scheduler, *flying.popleft())
         self.stages.slots += scheduler.slots_issued
 
-    def _run(self, scheduler: Scheduler, batch: Batch) -> Iterator[Explanation]:
-        stages = self.stages
-        clock = [time.perf_counter()]
-        rows = max(run.slots.stop for run in batch.runs)
+    def _alone(self, batch: Batch) -> bool:
+        """Whether a batch goes through the network alone."""
+        return batch.lane == NETWORK or (batch.lane == OBSERVE and self.passes.observe is None)
+
+    def _submit(self, batch: Batch) -> Ran:
+        """Paint a batch and run it, or queue it."""
+        alone = self._alone(batch)
+        canvas = self._canvas if alone else self._host
+        start = time.perf_counter()
+        wishes: list[Wish] = []
         for run in batch.runs:
-            self._fill(run)
-        clock.append(time.perf_counter())
-        passed = self._passed(batch, rows)
-        clock.append(time.perf_counter())
+            if run.observe:
+                canvas.put(run.slot, self._states[run.key].item.image)
+                continue
+            key, method = run.key
+            state, rows = self._states[key], slice(run.start, run.stop)
+            name, features = self.loaded.calls[method].method.name, state.observations[method].features
+            canvas.paint(run.slots, state.item, state.asked[method], rows, name, features)
+            if alone:
+                wishes += [(run.slots, *self._wanted_of(state, taker)) for taker in state.asked[method].takers]
+        painted = time.perf_counter()
+        self.stages.perturb += painted - start
+        rows_filled = max(run.slots.stop for run in batch.runs)
+        if alone:
+            size = rows_filled if self._flexible else batch.size
+            ran: Ran = canvas.run(size, wishes, any(run.observe for run in batch.runs))
+        else:
+            ran = self._passed(batch, rows_filled)
+        self.stages.network += time.perf_counter() - painted
+        self.stages.batches += 1
+        self.stages.rows += rows_filled
+        return ran
+
+    def _collect(self, scheduler: Scheduler, batch: Batch, ran: Ran) -> Iterator[Explanation]:
+        """Take in what a batch gave."""
+        clock = [time.perf_counter()]
         finished: list[Hashable] = []
         for run in batch.runs:
             if run.observe:
-                finished += self._observe(scheduler, run, passed)
+                finished += self._observe(scheduler, run, ran.alone(run.slot))
             elif batch.lane in (NETWORK, HEAD):
-                finished += self._score(scheduler, run, passed.raw[run.slots])
-            else:
-                finished += self._sum(scheduler, run, passed)
+                finished += self._score(scheduler, run, ran)
+            elif isinstance(ran, Passed):
+                finished += self._sum(scheduler, run, ran)
         clock.append(time.perf_counter())
         done = [explanation for key in finished for explanation in self._explained(key)]
         clock.append(time.perf_counter())
-        stages.perturb += clock[1] - clock[0]
-        stages.network += clock[2] - clock[1]
-        stages.score += clock[3] - clock[2]
-        stages.combine += clock[4] - clock[3]
-        stages.batches += 1
-        stages.rows += rows
-        self._on_batch(rows)
+        self.stages.score += clock[1] - clock[0]
+        self.stages.combine += clock[2] - clock[1]
+        self._on_batch(max(run.slots.stop for run in batch.runs))
         yield from done
 
     def _passed(self, batch: Batch, rows: int) -> Passed:
-        """Run a batch through its lane's graph."""
-        if batch.lane == NETWORK or (batch.lane == OBSERVE and self.passes.observe is None):
-            tap = self.loaded.tap if any(run.observe for run in batch.runs) else None
-            size = rows if self._flexible else batch.size
-            names = [self.loaded.scores, *([tap.name] if tap else [])]
-            outputs = self.session.run({self.loaded.model.input.name: self._buffer[:size]}, names)
-            features = tap.to_nchw(outputs[1]) if tap else None
-            return Passed(outputs[0].reshape(size, -1), np.empty((size, 0), np.int64), features, {})
+        """Run a batch of another lane than the network's through its graph."""
         head = self.passes.head
         if batch.lane == HEAD and head is not None:
             size = rows if self._flexible and head.session.flexible else batch.size
-            return Passed(head.run(self._taps[:size]), np.empty((size, 0), np.int64), None, {})
+            return Passed(head.run(self._host.taps[:size]), np.empty((size, 0), np.int64), None, {})
         chosen = self.passes.observe if batch.lane == OBSERVE else self.passes.through[batch.lane]  # type: ignore[index]
         if chosen is None:
             raise RuntimeError(f"no graph for lane {batch.lane!r}")
@@ -266,7 +240,7 @@ class Engine:
             if expansion.starts is not None:
                 starts = np.zeros((size, *expansion.starts.shape[1:]), np.float32) if starts is None else starts
                 starts[run.slots] = expansion.starts[taken]
-        return chosen.run(self._buffer[:size], targets, starts)
+        return chosen.run(self._host.images[:size], targets, starts)
 
     def _wanted(self, label: int | None) -> list[int]:
         """The targets as a backward graph takes them: classes, and -r for rank r."""
@@ -280,67 +254,6 @@ class Engine:
                 wanted.append(-1 if target.kind == "predicted" else target.value)
         return wanted
 
-    def _fill(self, run: Run) -> None:
-        place = self._buffer[run.slots]
-        if run.observe:
-            place[0] = self._states[run.key].item.image
-            return
-        key, method = run.key
-        state = self._states[key]
-        asked = state.asked[method]
-        image = state.item.image
-        bank, rows = asked.bank, slice(run.start, run.stop)
-        if bank is None:
-            place[:] = image
-            return
-        features = state.observations[method].features
-        if isinstance(bank, TapBank) and features is not None:
-            np.multiply(features, bank.masks[rows], out=self._taps[run.slots])
-            return
-        baseline, layout = self._baseline(state, asked), self.loaded.spec.layout
-        masks = self._masks[: run.stop - run.start]
-        if isinstance(bank, PathBank):
-            masks[:] = bank.shares[rows, None, None]
-            for i, draw in enumerate(bank.draws[rows]):
-                start = image if draw < 0 else self._noisy(run.key, image, int(draw), bank.noise)
-                host.blend(start, masks[i : i + 1], baseline, layout, out=place[i : i + 1])
-            return
-        if isinstance(bank, MapBank):
-            host.upsample(bank.maps[rows], self.loaded.facts.size, bank.rule, out=masks)
-        elif isinstance(bank, GridBank):
-            host.grid_masks(bank.bits[rows], bank.offsets[rows], self.loaded.facts.size, out=masks)
-        elif isinstance(bank, SegmentBank):
-            host.segment_masks(bank.segments, bank.bits[rows], out=masks)
-        elif isinstance(bank, WindowBank):
-            host.window_masks(bank.boxes[rows], self.loaded.facts.size, out=masks)
-        host.blend(image, masks, baseline, layout, out=place)
-
-    def _baseline(self, state: _State, asked: Asked) -> Array | None:
-        """What stands for absence; made once for an image, or once for each of its superpixels."""
-        image, name, bank = state.item.image, asked.baseline, asked.bank
-        key: Hashable = name
-        if name == SEGMENT_MEAN and isinstance(bank, SegmentBank):
-            key = (name, id(bank.segments))
-            if key not in state.baselines:
-                state.baselines[key] = _segment_means(image, self.loaded.spec, bank.segments)
-        elif key not in state.baselines:
-            kind, *options = name.split(":")
-            state.baselines[key] = BASELINES[kind](image, self.loaded.spec, *options)
-        return state.baselines[key]
-
-    def _noisy(self, key: tuple[Hashable, int], image: Array, draw: int, share: float) -> Array:
-        """The image plus a draw of Gaussian noise that depends on the seed, the image, the method and its number."""
-        state, name = self._states[key[0]], self.loaded.calls[key[1]].method.name
-        stream = [0, 0, crc32(name.encode()), draw]
-        generator = np.random.Generator(np.random.Philox(key=self._key(state.item.identity), counter=stream))
-        deviation = share * (float(image.max()) - float(image.min()))
-        return np.asarray(image + deviation * generator.standard_normal(image.shape, dtype=np.float32))
-
-    def _key(self, identity: str) -> Array:
-        """Philox's key for the random numbers of an image."""
-        digest = int.from_bytes(hashlib.blake2b(identity.encode(), digest_size=8).digest(), "little")
-        return np.array([self._seed, digest], np.uint64)
-
     def _segments(self, state: _State, wanted: tuple[Segmentation, ...]) -> tuple[Array, ...]:
         """How the image is cut; made here where it did not come with it."""
         for how in wanted:
@@ -349,25 +262,26 @@ class Engine:
         return tuple(state.segments[how] for how in wanted)
 
     def _observe(self, scheduler: Scheduler, run: Run, passed: Passed) -> list[Hashable]:
-        state, slot = self._states[run.key], run.slot
-        raw = passed.raw[slot].astype(np.float32)
-        features = None if passed.features is None else passed.features[slot].copy()
+        """Take in an unperturbed image, the one row of `passed`, and queue what its methods ask for."""
+        state = self._states[run.key]
+        raw = passed.raw[0].astype(np.float32)
+        features = None if passed.features is None else passed.features[0]
         state.raw = raw
         if not np.isfinite(raw).all() or (features is not None and not np.isfinite(features).all()):
             return [run.key]
-        state.targets = self._resolve(raw, state.item.label, passed.classes[slot])
+        state.targets = self._resolve(raw, state.item.label, passed.classes[0])
         classes = np.array([target for target, _ in state.targets])
         first: dict[int, Expansion] = {}
         for method, call in enumerate(self.loaded.calls):
             returned = tuple(
-                Returned(passed.returned[request].values[slot].copy(), passed.returned[request].kept[slot].copy())
+                Returned(passed.returned[request].values[0], passed.returned[request].kept[0])
                 for request in self._asked[method]
             )
             image = self._channels_first(state.item.image)
             segments = self._segments(state, call.method.superpixels(call.parameters))
-            key = self._key(state.item.identity)
+            key = random_key(self._seed, state.item)
             names = call.method.layers(self.loaded.facts, call.parameters)
-            layers = tuple(passed.layers[name][slot].copy() for name in names)
+            layers = tuple(passed.layers[name][0] for name in names)
             observation = Observation(image, raw, classes, features, returned, layers, segments, key)
             state.observations[method] = observation
             if not all(np.isfinite(found.values).all() for found in returned):
@@ -417,6 +331,8 @@ class Engine:
             combined = call.method.combine(self.loaded.facts, observation, expansion, results, call.parameters)
             if isinstance(combined, Expansion):
                 return combined
+            if isinstance(combined, Summed):
+                combined = Combined(self._canvas.sums(combined), tuple({} for _ in combined.weights))
             state.combined[method] = combined
         return None
 
@@ -429,14 +345,15 @@ class Engine:
         wanted = [int(ranked[-target - 1]) if target < 0 else target for target in self._wanted(label)]
         return list(zip(wanted, [source for _, source in target_rows(self.targets, label)], strict=True))
 
-    def _score(self, scheduler: Scheduler, run: Run, raw: Array) -> list[Hashable]:
+    def _score(self, scheduler: Scheduler, run: Run, ran: Ran) -> list[Hashable]:
         """Give some rows' scores to every method that takes from them."""
         key, first = run.key
-        state = self._states[key]
-        takers = state.asked[first].takers
+        state = self._states.get(key)
+        takers = state.asked[first].takers if state is not None else {}
+        if state is None or not takers:  # they were given up while these rows were on their way
+            return []
         for method, places in list(takers.items()):
-            kind = self.loaded.posterior if state.expansions[method].score == "posterior" else "none"
-            scores = host.class_scores(raw, _asked(state, method), kind).T
+            scores = ran.scores(run.slots, *self._wanted_of(state, method))
             if places is None:
                 state.results[method][:, run.start : run.stop] = scores
             else:
@@ -446,6 +363,11 @@ class Engine:
             if not np.isfinite(scores).all():
                 self._drop(scheduler, run.key, method)
         return self._folded(scheduler, run)
+
+    def _wanted_of(self, state: _State, method: int) -> tuple[Array, str]:
+        """The classes and the kind of score that a method's rows are asked for."""
+        kind = self.loaded.posterior if state.expansions[method].score == "posterior" else "none"
+        return _asked(state, method), kind
 
     def _sum(self, scheduler: Scheduler, run: Run, passed: Passed) -> list[Hashable]:
         """Add what came back for some rows to their targets' sums."""
@@ -458,7 +380,7 @@ class Engine:
             value = returned.values[slot, 0]
             if call.method.read is not None:
                 shown = Observation(
-                    image=self._channels_first(self._buffer[slot]),
+                    image=self._channels_first(self._host.images[slot]),
                     raw=passed.raw[slot],
                     targets=state.observations[method].targets[of[row] : of[row] + 1],
                     features=None if passed.features is None else passed.features[slot],
@@ -500,6 +422,7 @@ class Engine:
 
     def _explained(self, key: Hashable) -> Iterator[Explanation]:
         state = self._states.pop(key)
+        self._canvas.forget(state.item)
         raw = state.raw
         if raw is None:
             raise RuntimeError(f"item {key!r} finished before it was observed")

@@ -13,6 +13,7 @@ import onnx
 from onnx import helper
 
 from .. import InputError, ModelError
+from ..kernels import host
 from ..models.graph.backward import CLASSES, START, TARGETS, Built, Outputs, build, same_pass
 from ..models.graph.canonize import Graph, canonize
 from ..models.graph.composites import COMPOSITES
@@ -101,6 +102,28 @@ class Passed:
     features: Array | None
     returned: Mapping[Request, Returned]
     layers: Mapping[str, Array] = field(default_factory=dict)
+
+    def alone(self, slot: int) -> Passed:
+        """One row, its arrays the caller's to keep."""
+        row = slice(slot, slot + 1)
+        return Passed(
+            self.raw[row].copy(),
+            self.classes[row].copy(),
+            None if self.features is None else self.features[row].copy(),
+            {
+                request: Returned(found.values[row].copy(), found.kept[row].copy())
+                for request, found in self.returned.items()
+            },
+            {name: values[row].copy() for name, values in self.layers.items()},
+        )
+
+    def whole(self) -> Passed:
+        """All rows."""
+        return self
+
+    def scores(self, slots: slice, classes: Array, kind: str) -> Array:
+        """Posteriors (k, n) of some rows and classes; see `host.class_scores`."""
+        return host.class_scores(self.raw[slots], classes, kind).T
 
 
 @dataclass(frozen=True, slots=True)

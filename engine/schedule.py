@@ -99,18 +99,20 @@ class Scheduler:
         if pending is not None:
             self._waiting[pending.lane] -= pending.rows - pending.issued
 
-    def next_batch(self) -> Batch | None:
-        """The next rows to run; None when idle.
+    def next_batch(self, full: bool = False) -> Batch | None:
+        """The next rows to run; None when idle, or, asked for a `full` batch, when there is none.
 
         Sharing a graph, observations come first while less than two batches of rows wait, so that the next are ready
         in time. Apart, they wait until no other lane can fill a batch, and so do batches that stay part-filled.
         """
         if not self._apart:
-            return self._packed(NETWORK, observing=self._waiting[NETWORK] < self._ahead)
+            observing = self._waiting[NETWORK] < self._ahead
+            ready = self._waiting[NETWORK] + len(self._unobserved) * observing
+            return None if full and ready < self._sizes[NETWORK] else self._packed(NETWORK, observing)
         lane = self._full_lane()
         if lane is None and self._unobserved:
-            return self._packed(OBSERVE, observing=True)
-        if lane is None:
+            return None if full and len(self._unobserved) < self._sizes[OBSERVE] else self._packed(OBSERVE, True)
+        if lane is None and not full:
             lane = next((pending.lane for pending in self._pending.values() if pending.issued < pending.rows), None)
         return None if lane is None else self._packed(lane, observing=False)
 

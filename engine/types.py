@@ -206,6 +206,14 @@ class Combined:
 
 
 @dataclass(frozen=True, slots=True)
+class Summed:
+    """Maps (k, H, W) that are sums of a bank's masks at the network's size under weights (k, n), left to the engine."""
+
+    bank: GridBank
+    weights: Array
+
+
+@dataclass(frozen=True, slots=True)
 class Parameter:
     """One option of a method: its default fixes the type."""
 
@@ -249,7 +257,7 @@ class Method:
 
     Attributes:
         expand: (facts, observation, parameters, shared bank) -> Expansion.
-        combine: (facts, observation, expansion, results, parameters) -> Combined, or an Expansion of further passes.
+        combine: (facts, observation, expansion, results, parameters) -> Combined, Summed, or an Expansion: more passes.
             `results` is (k, n), a score for every target (or class) and row; after passes through a backward graph it
             is (k, ...), the weighted sums of what came back.
         finish: parameters -> the steps from raw map to saliency map, of FINISHES.
@@ -274,7 +282,7 @@ class Method:
     citation: str
     parameters: Mapping[str, Parameter]
     expand: Callable[[Facts, Observation, Parameters, Bank | None], Expansion]
-    combine: Callable[[Facts, Observation, Expansion, Array, Parameters], Combined | Expansion]
+    combine: Callable[[Facts, Observation, Expansion, Array, Parameters], Combined | Summed | Expansion]
     finish: Callable[[Parameters], tuple[str, ...]]
     passes: Callable[[Facts, Parameters], int]
     refuses: Callable[[Facts, Parameters], str | None]

@@ -42,6 +42,7 @@ STORE = 16  # bytes of one vector store
 MOST_ROWS = 65535  # of a grid's second axis
 CHUNK = 64  # masks that one thread sums at least
 MOST_SPLITS = 32  # of a weighted sum; each needs a copy of the result
+WORKSPACE = 1 << 28  # bytes that a weighted sum holds at most, unless one class needs more
 
 
 class _Memory:
@@ -110,7 +111,7 @@ class Kernels:
             raise ValueError(f"{n} rows of {image.shape}: at most {MOST_ROWS} of fewer than 2**31 elements")
         out = self._out(out, (n, *image.shape), TYPES)
         if baseline is None:
-            baseline = self._constant(("zeros", channels), lambda: np.zeros(channels, np.float32), stream)
+            baseline = self.constant(("zeros", channels), lambda: np.zeros(channels, np.float32), stream)
         per_element = baseline.shape == image.shape
         checked("baseline", baseline, ("float32",), image.shape if per_element else (channels,))
         span = height * width * (channels if layout == "NHWC" else 1)
@@ -132,7 +133,7 @@ class Kernels:
         n, h, w = checked("maps", maps, ("float32",), (None, None, None))
         low, high = self.empty((n,), np.float32), self.empty((n,), np.float32)
         tables = [
-            self._constant(("corners", n_in, n_out, rule), partial(corner_places, n_in, n_out, rule), stream)
+            self.constant(("corners", n_in, n_out, rule), partial(corner_places, n_in, n_out, rule), stream)
             for n_in, n_out in zip((h, w), size, strict=True)
         ]
         arguments = [low.pointer, high.pointer, maps.pointer, *_ints(h, w)]
@@ -158,7 +159,7 @@ class Kernels:
         if kernel_size < 1 or kernel_size % 2 == 0 or not sigma > 0:
             raise ValueError(f"a blur of {kernel_size} samples, sigma {sigma}: the size is odd, sigma above 0")
         out = self._out(out, image.shape, ("float32",))
-        taps = self._constant(
+        taps = self.constant(
             ("gaussian", kernel_size, sigma), lambda: host.gaussian(kernel_size, sigma).astype(np.float32), stream
         )
         elements, step = math.prod(image.shape), channels if layout == "NHWC" else 1
@@ -235,7 +236,7 @@ class Kernels:
         if kind.name not in TYPES:
             raise ValueError(f"input type {kind.name}: use one of {', '.join(TYPES)}")
         statistics = [
-            self._constant(tuple(values), partial(np.array, values, np.float32), stream).pointer
+            self.constant(tuple(values), partial(np.array, values, np.float32), stream).pointer
             for values in (mean, std)
         ]
         arguments = [
@@ -275,11 +276,15 @@ class Kernels:
         out = self._out(out, (k, *size), ("float32",))
         chunk = max(CHUNK, -(-n // MOST_SPLITS))
         splits, pixels = _blocks(n, chunk), math.prod(size)
-        partial = self._workspace(splits * k * pixels * 4, stream)
-        arguments = [partial, weights.pointer, *_ints(n, k, chunk, *size), *more]
-        self._launch(name, (_blocks(pixels), splits, _blocks(k, 8)), arguments, stream)
-        arguments = [out.pointer, partial, *_ints(splits, k * pixels)]
-        self._launch("accumulate_splits", (_blocks(k * pixels), 1), arguments, stream)
+        each = max(1, WORKSPACE // max(1, splits * pixels * 4))
+        for start in range(0, k, each):
+            rows = min(each, k - start)
+            partial = self._workspace(splits * rows * pixels * 4, stream)
+            some = weights.rows(start, start + rows)
+            arguments = [partial, some.pointer, *_ints(n, rows, chunk, *size), *more]
+            self._launch(name, (_blocks(pixels), splits, _blocks(rows, 8)), arguments, stream)
+            arguments = [out.rows(start, start + rows).pointer, partial, *_ints(splits, rows * pixels)]
+            self._launch("accumulate_splits", (_blocks(rows * pixels), 1), arguments, stream)
         return out
 
     def _out(
@@ -293,12 +298,12 @@ class Kernels:
     def _places(self, shape: tuple[int, int], size: tuple[int, int], rule: str, stream: int) -> tuple[int, int]:
         """Pointers to the places of both axes."""
         rows, columns = (
-            self._constant((n_in, n_out, rule), partial(places, n_in, n_out, rule), stream)
+            self.constant((n_in, n_out, rule), partial(places, n_in, n_out, rule), stream)
             for n_in, n_out in zip(shape, size, strict=True)
         )
         return rows.pointer, columns.pointer
 
-    def _constant(self, key: Hashable, make: Callable[[], Array], stream: int) -> DeviceArray:
+    def constant(self, key: Hashable, make: Callable[[], Array], stream: int) -> DeviceArray:
         """A small table that stays on the device; at its first use the stream is waited for, so that any other may
         read it."""
         if key not in self._constants:

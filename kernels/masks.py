@@ -117,7 +117,19 @@ class Path:
         return n, [self.shares.pointer]
 
 
-Masks = Maps | Grids | Segments | Ranks | Path
+@dataclass(frozen=True, slots=True)
+class Windows:
+    """Masks that hide rectangles: boxes (n, 4) int32 of top, left, bottom, right, the latter two outside."""
+
+    source: ClassVar[str] = "windows"
+    boxes: DeviceArray
+
+    def arguments(self, size: tuple[int, int], places: Places) -> tuple[int, list[Argument]]:
+        n, _ = checked("boxes", self.boxes, ("int32",), (None, 4))
+        return n, [self.boxes.pointer]
+
+
+Masks = Maps | Grids | Segments | Ranks | Path | Windows
 
 
 def checked(what: str, array: DeviceArray, kinds: tuple[str, ...], shape: tuple[int | None, ...]) -> tuple[int, ...]:

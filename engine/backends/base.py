@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 import numpy.typing as npt
@@ -93,6 +93,7 @@ class Session(Protocol):
     def run(self, feeds: Mapping[str, Array], outputs: Sequence[str]) -> list[Array]: ...
 
 
+@runtime_checkable
 class DeviceSession(Session, Protocol):
     """A session whose values may stay in the memory of a GPU.
 
@@ -109,6 +110,12 @@ class DeviceSession(Session, Protocol):
     input_dtype: np.dtype[Any]
     memory_per_row: int
     engine_bytes: int
+
+    def described(
+        self, feeds: Mapping[str, DeviceArray], outputs: Sequence[str]
+    ) -> list[tuple[tuple[int, ...], np.dtype[Any]]]:
+        """Shape and type of what `run_on_device` writes for such feeds."""
+        ...
 
     def run_on_device(self, feeds: Mapping[str, DeviceArray], outputs: Mapping[str, DeviceArray]) -> None:
         """Queue one batch on `stream`: from arrays on the device into arrays on the device."""

@@ -98,12 +98,18 @@ class OrtDeviceSession(OrtSession):
         self.driver = driver
         self._place = place
         self._inputs = {value.name: _dtype(value.type) for value in session.get_inputs()}
+        self._outputs = {value.name: (tuple(value.shape), _dtype(value.type)) for value in session.get_outputs()}
         self.input_dtype: np.dtype[Any] = next(iter(self._inputs.values()))
 
     def run(self, feeds: Mapping[str, Array], outputs: Sequence[str]) -> list[Array]:
         """Host arrays in and out; ONNX Runtime copies them."""
         given = {name: np.ascontiguousarray(values, self._inputs[name]) for name, values in feeds.items()}
         return super().run(given, outputs)
+
+    def described(
+        self, feeds: Mapping[str, DeviceArray], outputs: Sequence[str]
+    ) -> list[tuple[tuple[int, ...], np.dtype[Any]]]:
+        return [self._outputs[name] for name in outputs]
 
     def run_on_device(self, feeds: Mapping[str, DeviceArray], outputs: Mapping[str, DeviceArray]) -> None:
         """Queue one batch.

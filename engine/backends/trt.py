@@ -193,6 +193,12 @@ class TrtSession:
         self._keep_kernels()
         return results
 
+    def described(
+        self, feeds: Mapping[str, DeviceArray], outputs: Sequence[str]
+    ) -> list[tuple[tuple[int, ...], np.dtype[Any]]]:
+        self._set_shapes(feeds)
+        return [(self._shape(name), self._outputs[name]) for name in outputs]
+
     def run_on_device(self, feeds: Mapping[str, DeviceArray], outputs: Mapping[str, DeviceArray]) -> None:
         """Queue one batch.
 

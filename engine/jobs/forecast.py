@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import re
 import time
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -18,11 +18,12 @@ import numpy as np
 
 from ... import HeatmillError, InputError
 from ..backends import usable_cores
+from ..canvas import Ran
 from ..explainer import Engine
 from ..methods import METHODS
 from ..opening import Loaded, open_best
 from ..passes import Passed, check_backward, open_passes
-from ..schedule import HEAD, NETWORK, OBSERVE, Batch, Run, Scheduler
+from ..schedule import HEAD, NETWORK, OBSERVE, Batch, Scheduler
 from ..types import Explanation, Item, MethodCall, Target
 from .bench import forget_peak, peak_mb
 from .job import probe_job
@@ -44,7 +45,6 @@ class _Lane:
     """What is known of a graph: an answer, and how long how many rows took."""
 
     answer: Passed
-    rows: int
     seconds: float = 0.0
     timed: int = 0
 
@@ -63,21 +63,36 @@ class Rehearsal(Engine):
         self.shared: Counter[int] = Counter()
         self.counting = True
         self._limit = seconds
-        self._answered = False
+        self._timed: deque[_Lane | None] = deque()  # of the batches in flight
 
-    def _run(self, scheduler: Scheduler, batch: Batch) -> Iterator[Explanation]:
+    def _submit(self, batch: Batch) -> Ran:
         rows = max(run.slots.stop for run in batch.runs)
         known = self.known.get(batch.lane)
         observing = any(run.observe for run in batch.runs)
-        enough = known is not None and known.timed > 0 and known.seconds >= self._limit and known.rows >= rows
-        self._answered = enough and not observing
         if self.counting:
             self._count(batch)
+        if known and known.timed and known.seconds >= self._limit and len(known.answer.raw) >= rows and not observing:
+            self._timed.append(None)
+            return known.answer
         start = time.perf_counter()
-        yield from super()._run(scheduler, batch)
-        if not self._answered and known is not None:  # the first batch of a graph is its slowest
-            known.seconds += time.perf_counter() - start
-            known.timed += rows
+        ran = super()._submit(batch)
+        passed = ran.whole()
+        self._timed.append(known)
+        if known is None:  # the first batch of a graph is its slowest
+            self.known[batch.lane] = _Lane(passed)
+            return ran
+        known.seconds += time.perf_counter() - start
+        known.timed += rows
+        if len(passed.raw) > len(known.answer.raw):
+            known.answer = passed
+        return ran
+
+    def _collect(self, scheduler: Scheduler, batch: Batch, ran: Ran) -> Iterator[Explanation]:
+        timed = self._timed.popleft()
+        start = time.perf_counter()
+        yield from super()._collect(scheduler, batch, ran)
+        if timed is not None:
+            timed.seconds += time.perf_counter() - start
 
     def _count(self, batch: Batch) -> None:
         """A row that several methods take from is the first one's, and shared by the others."""
@@ -93,21 +108,6 @@ class Rehearsal(Engine):
                 self.counts[method, batch.lane] += int((~taken[rows]).sum())
                 self.shared[method] += int(taken[rows].sum())
                 taken[rows] = True
-
-    def _fill(self, run: Run) -> None:
-        if not self._answered:
-            super()._fill(run)
-
-    def _passed(self, batch: Batch, rows: int) -> Passed:
-        if self._answered:
-            return self.known[batch.lane].answer
-        passed = super()._passed(batch, rows)
-        known = self.known.get(batch.lane)
-        if known is None:
-            self.known[batch.lane] = _Lane(passed, len(passed.raw))
-        elif len(passed.raw) > known.rows:
-            known.answer, known.rows = passed, len(passed.raw)
-        return passed
 
     def seconds_of(self, lane: Hashable) -> float:
         """Per row; an observation that rides with other rows costs as much as they do."""

@@ -10,12 +10,10 @@ from zlib import crc32
 
 import numpy as np
 
-from ...kernels import host
 from ..types import (
     BASELINE_NAMES,
     Array,
     Bank,
-    Combined,
     Expansion,
     Facts,
     GridBank,
@@ -23,6 +21,7 @@ from ..types import (
     Observation,
     Parameter,
     Parameters,
+    Summed,
     always,
     never,
 )
@@ -65,14 +64,13 @@ def combine(
     expansion: Expansion,
     scores: Array,
     parameters: Parameters,
-) -> Combined:
+) -> Summed:
     """`1 / (N p) * sum_n score_n m_n`, the estimate of the score's mean where a pixel is shown."""
     bank = expansion.bank
     if not isinstance(bank, GridBank):
         raise ValueError("rise combines grid masks")
     weights = scores * bank.counts / (float(parameters["masks"]) * float(parameters["p"]))
-    maps = host.accumulate_grid(bank.bits, bank.offsets, weights, facts.size)
-    return Combined(maps, tuple({} for _ in scores))
+    return Summed(bank, weights)
 
 
 def refuses(facts: Facts, parameters: Parameters) -> str | None:

@@ -38,6 +38,14 @@ struct PathMask {
     __device__ __forceinline__ float operator()(int n, int, int) const { return shares[n]; }
 };
 
+struct WindowMask {
+    const int* boxes;
+    __device__ __forceinline__ float operator()(int n, int y, int x) const {
+        const int* box = boxes + (size_t)n * 4;
+        return y >= box[0] && y < box[2] && x >= box[1] && x < box[3] ? 0.f : 1.f;
+    }
+};
+
 struct Picture {
     const float* image;
     const float* baseline;
@@ -98,3 +106,4 @@ BLEND_TO_EVERY_TYPE(segments, (SegmentMask{ids, bits, segments, width}), const i
                     int segments)
 BLEND_TO_EVERY_TYPE(ranks, (RankMask{ranks, thresholds, width}), const int* ranks, const int* thresholds)
 BLEND_TO_EVERY_TYPE(path, (PathMask{shares}), const float* shares)
+BLEND_TO_EVERY_TYPE(windows, (WindowMask{boxes}), const int* boxes)

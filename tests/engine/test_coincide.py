@@ -48,9 +48,12 @@ def distinct(path, methods, images) -> int:
     seen: set[tuple[int, bytes]] = set()
 
     class Noting(Engine):
-        def _fill(self, run):
-            super()._fill(run)
-            seen.update((run.key if run.observe else run.key[0], row.tobytes()) for row in self._buffer[run.slots])
+        def _submit(self, batch):
+            ran = super()._submit(batch)
+            for run in batch.runs:
+                image = run.key if run.observe else run.key[0]
+                seen.update((image, row.tobytes()) for row in self._host.images[run.slots])
+            return ran
 
     engine = Noting(loaded, session, TARGETS, 4, seed=5, passes=open_passes(loaded, session, TARGETS, 4))
     list(engine.stream(Item(i, image) for i, image in enumerate(images)))

@@ -13,6 +13,7 @@ import pytest
 from scipy.cluster.vq import kmeans2
 
 from heatmill import Explainer, InputError
+from heatmill.engine.canvas import random_key
 from heatmill.engine.explainer import Engine
 from heatmill.engine.methods import METHODS, parse_method
 from heatmill.engine.methods.kernel_shap import coalitions, values_of
@@ -49,7 +50,7 @@ def asked_of(explainer: Explainer, image: np.ndarray, position: int = 0) -> tupl
     engine_call = explainer._loaded.calls[0]
     picture = denormalise(image, explainer.spec)
     segments = tuple(cut(picture, how) for how in engine_call.method.superpixels(engine_call.parameters))
-    key = Engine(explainer._loaded, explainer._session, [Target("predicted")], 1)._key(str(position))
+    key = random_key(0, Item(position, image))
     return Observation(image, np.zeros(0), np.zeros(0), None, segments=segments, key=key), key
 
 
