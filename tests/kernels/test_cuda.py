@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 
 from heatmill import BackendError
-from heatmill.kernels import masks, reference
+from heatmill.kernels import cuda, masks, reference
 from heatmill.kernels.binaries import SOURCES
 from heatmill.kernels.cuda import KERNELS, TYPES, Kernels
 from heatmill.kernels.device import DeviceArray, Driver, OutOfMemory
@@ -85,6 +85,10 @@ def full_masks(rig: Rig, source: str, rng, n: int, shape, size) -> tuple[masks.M
         ranks = rng.permutation(math.prod(size)).reshape(size).astype(np.int32)
         thresholds = rng.integers(0, math.prod(size) + 1, n).astype(np.int32)
         return masks.Ranks(rig.up(ranks), rig.up(thresholds)), reference.rank_masks(ranks, thresholds)
+    if source == "windows":
+        ends = [np.sort(rng.integers(-2, side + 3, (n, 2)), axis=1) for side in size]
+        boxes = np.stack([ends[0][:, 0], ends[1][:, 0], ends[0][:, 1], ends[1][:, 1]], 1).astype(np.int32)
+        return masks.Windows(rig.up(boxes)), reference.window_masks(boxes.clip(0), size)
     shares = rng.uniform(0, 1, n).astype(np.float32)
     return masks.Path(rig.up(shares)), np.broadcast_to(shares[:, None, None].astype(np.float64), (n, *size))
 
@@ -203,7 +207,7 @@ def normalise_case(dtype: str, rig: Rig) -> None:
 CASES: dict[str, Callable[[Rig], None]] = {
     **{
         f"blend_{source}_{dtype}": partial(blend_case, source, dtype)
-        for source in ("maps", "grids", "segments", "ranks", "path")
+        for source in ("maps", "grids", "segments", "ranks", "path", "windows")
         for dtype in ("float32", "float16", "bfloat16", "uint8")
     },
     "extrema": extrema_case,
@@ -487,3 +491,23 @@ def test_the_emulator_notices_what_no_kernel_may_do(emulated_driver, name, threa
     emulated_driver.launch(emulated_driver.function(1, name), (1, 1, 1), (threads, 1, 1), [memory, *arguments], stream)
     with pytest.raises(RuntimeError, match=told):
         emulated_driver.synchronize(stream)
+
+
+@pytest.mark.parametrize("grid", [False, True])
+def test_weighted_sums_of_many_classes_hold_a_bounded_workspace(emulated, monkeypatch, grid):
+    monkeypatch.setattr(cuda, "WORKSPACE", 4 * 4 * 33 * 29 * 3)  # of three classes
+    rng = np.random.default_rng(0)
+    weights = rng.normal(size=(11, 200)).astype(np.float32)
+    if grid:
+        bits = rng.integers(0, 2, (200, 4, 4)).astype(np.uint8)
+        offsets = rng.integers(0, 7, (200, 2)).astype(np.int32)
+        found = emulated.kernels.accumulate_grid(
+            emulated.up(bits), emulated.up(offsets), emulated.up(weights), (33, 29), stream=emulated.stream
+        )
+        expected = reference.accumulate_grid(bits, offsets, weights, (33, 29))
+    else:
+        maps = rng.normal(size=(200, 33, 29)).astype(np.float32)
+        found = emulated.kernels.accumulate_maps(emulated.up(maps), emulated.up(weights), stream=emulated.stream)
+        expected = reference.accumulate_maps(maps, weights)
+    np.testing.assert_allclose(emulated.down(found), expected, atol=1e-4)
+    assert emulated.kernels._workspaces[emulated.stream].nbytes <= cuda.WORKSPACE
