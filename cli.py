@@ -143,6 +143,9 @@ def job_options(command: Command) -> Command:
                 "--seed", default=0, show_default=True, type=click.IntRange(0, 2**63 - 1), help="Of random masks."
             ),
             click.option("--limit", type=click.IntRange(1), help="Explain only the first N images."),
+            click.option(
+                "--device", metavar="N[,N...]", help="Numbers of the GPUs; each has a worker of its own [default: 0]."
+            ),
         ]
     ):
         command = option(command)
@@ -161,6 +164,15 @@ def _batch_size(text: str) -> int | None:
     if not text.isdigit() or not 1 <= int(text) <= 4096:
         raise InputError(f"--batch-size {text!r}: give auto or a number from 1 to 4096")
     return int(text)
+
+
+def _devices(text: str | None) -> tuple[int, ...]:
+    if text is None:
+        return ()
+    numbers = text.replace(" ", "").split(",")
+    if not all(number.isdecimal() for number in numbers) or len(set(map(int, numbers))) < len(numbers):
+        raise InputError(f"--device {text!r}: give numbers of GPUs, each once, as 0 or 0,1,2,3")
+    return tuple(map(int, numbers))
 
 
 def _key(parameter: click.Parameter) -> str:
@@ -282,7 +294,8 @@ def _job(options: dict[str, Any]) -> Job:
 
     plural = {name: tuple(options[name]) for name in ("inputs", "methods", "targets")}
     given = {field.name: options[field.name] for field in fields(Job) if field.name in options}
-    return Job(**{**given, **plural, "batch_size": _batch_size(options["batch_size"])})
+    sizes = {"batch_size": _batch_size(options["batch_size"]), "devices": _devices(options["device"])}
+    return Job(**{**given, **plural, **sizes})
 
 
 def _forecast(job: Job, budget: str | None, as_json: bool) -> int:

@@ -158,6 +158,7 @@ def open_best(
     precision: str = "auto",
     batch_size: int = DEFAULT_BATCH,
     threads: int | None = None,
+    device: int = 0,
 ) -> Session:
     """A session that gives the asked precision; the fastest by a short trial where several do.
 
@@ -173,7 +174,8 @@ def open_best(
     refusals: list[BackendError] = []
     for name, door, kind in fits:
         try:
-            session = open_session(name, graph, Profile(batch_size, kind, door, threads, input_shape=row_shape(loaded)))
+            profile = Profile(batch_size, kind, door, threads, device=device, input_shape=row_shape(loaded))
+            session = open_session(name, graph, profile)
             if len(fits) == 1:
                 return session
             sessions.append((_seconds(session, feed, loaded.scores), session))

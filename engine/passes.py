@@ -20,7 +20,7 @@ from ..models.graph.composites import COMPOSITES
 from ..models.graph.cut import head_of
 from ..models.graph.request import Request
 from ..models.graph.tap import Tap
-from .backends import PORTABLE, Profile, Session, open_session
+from .backends import PORTABLE, Profile, Session, device_of, open_session
 from .opening import Loaded
 from .types import Array, MethodCall, Returned, Target
 
@@ -183,7 +183,7 @@ def open_passes(
     head = _open_head(loaded, session, batch_size, threads) if loaded.needs_head else None
     if not observed and not taken:
         return Passes(head=head)
-    opener = _Opener(loaded, session.backend, session.provider, batch_size, threads, budget)
+    opener = _Opener(loaded, session.backend, session.provider, batch_size, threads, budget, device_of(session))
     count, ranks = _targets(targets)
     layers = tuple(tap for tap in (_tap(loaded, name) for name in layers_of(loaded)) if tap is not None)
     observe = opener.open(observed, count, ranks, layers) if observed else None
@@ -198,7 +198,7 @@ def graphs_to_build(
     Raises:
         InputError: an operator of the model has no rule.
     """
-    opener = _Opener(loaded, backend, provider, batch_size, None, BUDGET)
+    opener = _Opener(loaded, backend, provider, batch_size)
     observed = requests_of(loaded, loaded.calls, "backward")
     count, ranks = _targets(targets)
     if observed:
@@ -250,7 +250,7 @@ def _open_head(loaded: Loaded, session: Session, batch_size: int, threads: int |
         head = head_of(proto, tap.name, loaded.scores, shape, helper.np_dtype_to_tensor_dtype(kind))
     except ModelError as err:
         raise InputError(f"{loaded.model.path.name}: {err}") from None
-    profile = Profile(batch_size, session.precision, session.provider, threads)
+    profile = Profile(batch_size, session.precision, session.provider, threads, device=device_of(session))
     opened = open_session(session.backend, head.SerializeToString(), profile)
     return Head(opened, tap, loaded.scores, kind, batch_size)
 
@@ -306,9 +306,16 @@ class _Made:
 
 class _Opener:
     def __init__(
-        self, loaded: Loaded, backend: str, provider: str, batch_size: int, threads: int | None, budget: int
+        self,
+        loaded: Loaded,
+        backend: str,
+        provider: str,
+        batch_size: int,
+        threads: int | None = None,
+        budget: int = BUDGET,
+        device: int = 0,
     ) -> None:
-        self._loaded, self._backend, self._threads = loaded, backend, threads
+        self._loaded, self._backend, self._threads, self._device = loaded, backend, threads, device
         self._provider = FORWARD_ONLY.get(provider, provider)
         self._budget = budget
         self._batch_size = batch_size
@@ -325,7 +332,7 @@ class _Opener:
         size = self._batch_size
         if self._static is None:
             size = max(1, min(size, self._budget // max(1, row_bytes(graph, requests, targets))))
-        profile = Profile(size, "fp32", self._provider, self._threads, lean=True)
+        profile = Profile(size, "fp32", self._provider, self._threads, lean=True, device=self._device)
         return _Made(built.proto.SerializeToString(), profile, built.outputs, graph)
 
     def open(self, requests: Sequence[Request], targets: int, ranks: int, layers: tuple[Tap, ...] = ()) -> Pass:

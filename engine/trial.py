@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from .. import BackendError, ModelError
-from .backends import Session, choose, open_session
+from .backends import DeviceSession, Session, choose, open_session
 from .backends.base import Profile
 from .opening import DEFAULT_BATCH, Loaded, blank_batch, open_best, require_classes, row_shape
 from .types import Array
@@ -57,11 +57,13 @@ def try_model(
     batch_size: int | None = None,
     rows: int = 0,
     threads: int | None = None,
+    device: int | None = None,
 ) -> tuple[Trial, Session]:
     """Open a model and run it on a few synthetic rows.
 
     Args:
         batch_size: rows per call; None measures which is best, where `rows` (the work planned) is worth it.
+        device: number of the GPU; None is the first, where there is one.
 
     Raises:
         ModelError: scores that depend on the other rows, or are not what the spec says.
@@ -71,7 +73,13 @@ def try_model(
     free = batch_is_free(loaded, backend, provider, precision)
 
     def opened(size: int) -> Session:
-        return open_best(loaded, backend, provider, precision, size, threads)
+        session = open_best(loaded, backend, provider, precision, size, threads, device or 0)
+        if device is not None and not isinstance(session, DeviceSession):
+            raise BackendError(
+                f"a device is asked for, and {session.backend} ({session.provider}) runs on the processor; give "
+                "--backend tensorrt or --provider cuda, or leave --device out"
+            )
+        return session
 
     size = batch_size or DEFAULT_BATCH
     if not free and fixed is not None:

@@ -225,6 +225,9 @@ def test_no_spec(heatmill, here):
 # --- bad flags and inputs ---------------------------------------------------------------------------------------
 
 BAD_FLAGS = {
+    "--device 0,one": "--device '0,one': give numbers of GPUs, each once, as 0 or 0,1,2,3",
+    "--device 1,1": "--device '1,1': give numbers of GPUs",
+    "--device 0": "a device is asked for, and onnxruntime (cpu) runs on the processor",
     "--layer feature": "no layer 'feature'; nearest: features",
     "--target 5": "class 5 is out of range: the model has classes 0 to 4",
     "--target -1": "class -1 is out of range",

@@ -6,7 +6,18 @@ from importlib import import_module
 from typing import Any
 
 from ... import BackendError
-from .base import PRECISIONS, DeviceSession, Offer, Plan, Profile, Session, cpu_flags, first_line, usable_cores
+from .base import (
+    PRECISIONS,
+    DeviceSession,
+    Offer,
+    Plan,
+    Profile,
+    Session,
+    cpu_flags,
+    device_of,
+    first_line,
+    usable_cores,
+)
 
 __all__ = [
     "BACKENDS",
@@ -20,6 +31,7 @@ __all__ = [
     "build_plan",
     "choose",
     "cpu_flags",
+    "device_of",
     "first_line",
     "open_session",
     "pick_provider",

@@ -122,6 +122,11 @@ class DeviceSession(Session, Protocol):
         ...
 
 
+def device_of(session: Session) -> int:
+    """The number of the GPU that a session is on; 0 where it is on none."""
+    return session.driver.index if isinstance(session, DeviceSession) else 0
+
+
 def open_driver(index: int) -> Driver:
     """The driver of a GPU.
 

@@ -11,7 +11,7 @@ import socket
 import threading
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from multiprocessing.connection import wait
@@ -147,6 +147,7 @@ def probe_job(
         rows=(1 + passes) * source.table.num_rows,
         targets=targets,
         deadline=deadline or DEADLINE,
+        device=job.devices[0] if job.devices else None,
     )
     _check_classes(source, targets, loaded.spec.label_names, probed.classes)
     return probed
@@ -227,8 +228,28 @@ def _lock(run: Path) -> Iterator[None]:
         yield
 
 
+class _Life:
+    """One worker: its process, the shards it was given, and what stands in shared memory of it."""
+
+    def __init__(self, context: Any, order: worker.Order) -> None:
+        self.order = order
+        self.marks = worker.Marks(context)
+        self.connection, theirs = context.Pipe(duplex=False)
+        self.process = context.Process(target=worker.main, args=(order, theirs, self.marks))
+        with shielded():
+            self.process.start()
+        theirs.close()
+
+    def end(self) -> None:
+        """Kill it, if it still lives."""
+        if self.process.is_alive():
+            self.process.kill()
+        self.process.join()
+        self.connection.close()
+
+
 class Supervisor:
-    """Keeps one worker at a run's shards, replaces it when it dies, and finds the image that kills it."""
+    """Keeps a worker on every device at a run's shards, replaces what dies, and finds the image that kills."""
 
     def __init__(self, job: plans.Job, plan: plans.Plan, progress: Progress, signals: Signals) -> None:
         self.job, self.plan, self.progress = job, plan, progress
@@ -236,8 +257,9 @@ class Supervisor:
         self.deaths = 0
         self._signals = signals
         self._kills: Counter[int] = Counter(dict.fromkeys(self._blamed(), KILLS_TO_BLAME))
+        self._careful: set[int] = set()  # shards with images that may have killed a worker
+        self._lives: dict[int, _Life] = {}
         self._context = multiprocessing.get_context("spawn")
-        self._marks = worker.Marks(self._context)
         seconds = plan.settings["batch_size"] / max(plan.settings["rows_per_second"], 1e-3)
         self._stall = max(STALL_SECONDS, STALL_BATCHES * seconds)
 
@@ -249,59 +271,76 @@ class Supervisor:
             KeyboardInterrupt: stopped by a signal.
         """
         left = list(todo)
-        careful: list[int] = []
         self._signals.busy = True
-        while left and self._signals.number is None:
-            shards = [shard for shard in careful if shard in left] or left
-            suspects = self._attempt(shards, bool(careful), left)
-            careful = sorted({row // self.plan.shard_rows for row in suspects})
-            done = store.committed(self.job.out)  # a worker may die between a commit and its message
-            left = [shard for shard in left if shard not in done]
+        try:
+            while left or self._lives:
+                if self._signals.number is None:
+                    self._start(left)
+                elif not self._lives:
+                    break
+                wait([end for life in self._lives.values() for end in (life.connection, life.process.sentinel)], 0.2)
+                for device, life in list(self._lives.items()):
+                    if self._over(life, left):
+                        del self._lives[device]
+                        life.end()
+                        done = store.committed(self.job.out)  # a worker may die between a commit and its message
+                        left = [shard for shard in left if shard not in done]
+        finally:
+            for life in self._lives.values():
+                life.end()
+            self._lives.clear()
         self._signals.busy = False
         if left:
             raise KeyboardInterrupt
 
-    def _attempt(self, shards: list[int], careful: bool, left: list[int]) -> list[int]:
-        """One worker's life; what it commits leaves `left`. Returns the suspects of its death, if it died."""
-        ours, theirs = self._context.Pipe(duplex=False)
-        self._marks.clear()
+    def _start(self, left: Sequence[int]) -> None:
+        """Give what nobody has to the devices that have nothing; each gets every so manieth shard."""
+        held = {shard for life in self._lives.values() for shard in life.order.todo}
+        free = [shard for shard in left if shard not in held]
+        idle = [device for device in self.job.devices or (0,) if device not in self._lives]
         crashed = frozenset(row for row, kills in self._kills.items() if kills >= KILLS_TO_BLAME)
-        order = worker.Order(self.job.out, self.job.model, tuple(shards), crashed, careful, self.job.workers)
-        process = self._context.Process(target=worker.main, args=(order, theirs, self._marks))
-        with shielded():
-            process.start()
-        theirs.close()
-        try:
-            while True:
-                wait([ours, process.sentinel], timeout=0.2)
-                while ours.poll():
-                    try:
-                        message = ours.recv()
-                    except (EOFError, OSError):  # OSError: killed in the middle of a message
-                        return self._died(process, careful)
-                    if self._handle(message, left):
-                        process.join(10)
-                        return []
-                if not process.is_alive() and not ours.poll():
-                    return self._died(process, careful)
-                if self._marks.idle_seconds > self._stall:
-                    self.progress.note(f"the worker got nothing done for {self._stall:g} s; ending it")
-                    self._event("stall")
-                    process.kill()
-                    process.join()
-                if self._signals.number is not None:
-                    self._marks.stop()
-        finally:
-            if process.is_alive():
-                process.kill()
-            process.join()
-            ours.close()
+        for device in idle:
+            careful = [shard for shard in free if shard in self._careful]
+            others = [shard for shard in free if shard not in self._careful]
+            shards = careful or others[:: len(idle) - idle.index(device)]
+            if not shards:
+                return
+            free = [shard for shard in free if shard not in shards]
+            order = worker.Order(
+                self.job.out, self.job.model, tuple(shards), crashed, bool(careful), self.job.workers, device
+            )
+            self._lives[device] = _Life(self._context, order)
+
+    def _over(self, life: _Life, left: list[int]) -> bool:
+        """Take what a worker has sent; true when its life is over."""
+        while life.connection.poll():
+            try:
+                message = life.connection.recv()
+            except (EOFError, OSError):  # OSError: killed in the middle of a message
+                self._died(life)
+                return True
+            if self._handle(message, left):
+                life.process.join(10)
+                self._careful -= set(life.order.todo)
+                return True
+        if not life.process.is_alive() and not life.connection.poll():
+            self._died(life)
+            return True
+        if life.marks.idle_seconds > self._stall:
+            self.progress.note(f"the worker got nothing done for {self._stall:g} s; ending it")
+            self._event("stall")
+            life.process.kill()
+            life.process.join()
+        if self._signals.number is not None:
+            life.marks.stop()
+        return False
 
     def _handle(self, message: tuple[Any, ...], left: list[int]) -> bool:
         """Take one message; true when the worker has ended by itself."""
         kind = message[0]
         if kind == "committed":
-            left.remove(message[1])
+            if message[1] in left:  # unless the folder has told already
+                left.remove(message[1])
             self._event("committed", shard=message[1])
         elif kind == "progress":
             self.progress.advance(*message[1:])
@@ -328,25 +367,27 @@ class Supervisor:
             raise failure
         return False
 
-    def _died(self, process: Any, careful: bool) -> list[int]:
-        process.join()
-        suspects = self._marks.rows()
+    def _died(self, life: _Life) -> None:
+        life.process.join()
+        suspects = life.marks.rows()
+        code = life.process.exitcode
         self.deaths += 1
-        self._event("death", exit=describe_exit(process.exitcode), rows=suspects)
+        self._event("death", exit=describe_exit(code), rows=suspects)
         if self._signals.number is not None:
-            return []
-        if careful:
+            return
+        if life.order.careful:
             self._kills.update(suspects)
             for row in suspects:
                 self._event("kill", row=row, kills=self._kills[row])
         if self.deaths >= DEATH_BUDGET or (not suspects and self.deaths >= 3):
             raise IncompleteError(
-                f"{self.job.out}: the worker died {self.deaths} times, last {describe_exit(process.exitcode)}; "
+                f"{self.job.out}: the worker died {self.deaths} times, last {describe_exit(code)}; "
                 "the same command resumes (a smaller --batch-size needs less memory)"
             )
         told = f"row {suspects[0]}" if len(suspects) == 1 else f"{len(suspects)} images in flight"
-        self.progress.note(f"the worker died ({describe_exit(process.exitcode)}, {told}); starting another")
-        return suspects
+        self.progress.note(f"the worker died ({describe_exit(code)}, {told}); starting another")
+        self._careful -= set(life.order.todo)
+        self._careful |= {row // self.plan.shard_rows for row in suspects}
 
     def _blamed(self) -> set[int]:
         """Rows that an earlier call has found to kill: without them, a run with many would never end."""

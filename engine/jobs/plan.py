@@ -50,6 +50,7 @@ class Job:
     seed: int = 0
     limit: int | None = None
     workers: int | None = None
+    devices: tuple[int, ...] = ()
     preprocess: str | None = None
     labels: Path | None = None
     output: str | None = None

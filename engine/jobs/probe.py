@@ -39,6 +39,7 @@ def probe(
     targets: tuple[Target, ...] = (Target("predicted"),),
     deadline: float = DEADLINE,
     memory: int | None = None,
+    device: int | None = None,
 ) -> Trial:
     """Load and run a model in a child process.
 
@@ -48,6 +49,7 @@ def probe(
         targets: the run's, which backward graphs are made for.
         deadline: seconds until the child is killed.
         memory: bytes the child may map on top of what it starts with; None is what the machine has.
+        device: number of the GPU that is tried.
 
     Raises:
         HeatmillError: what the child was refused; ModelError where it was killed or ran out of memory or time.
@@ -55,7 +57,7 @@ def probe(
     context = multiprocessing.get_context("spawn")
     ours, theirs = context.Pipe(duplex=False)
     limit = memory or psutil.virtual_memory().total
-    options = (dict(arguments), targets, backend, provider, precision, batch_size, rows)
+    options = (dict(arguments), targets, backend, provider, precision, batch_size, rows, None, device)
     child = context.Process(target=_child, args=(theirs, limit, options), daemon=True)
     with shielded():
         child.start()

@@ -81,11 +81,6 @@ class Marks:
         """The rows in flight."""
         return sorted(row for row in self._rows if row >= 0)
 
-    def clear(self) -> None:
-        for slot in range(self.SLOTS):
-            self._rows[slot] = -1
-        self.beat()
-
 
 @dataclass(frozen=True, slots=True)
 class Order:
@@ -97,6 +92,7 @@ class Order:
         crashed: rows that have killed workers; they are written as such, not tried.
         careful: one image in flight at a time.
         threads: that decode; None is one per core.
+        device: number of the GPU.
     """
 
     run: Path
@@ -105,6 +101,7 @@ class Order:
     crashed: frozenset[int]
     careful: bool
     threads: int | None
+    device: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -311,7 +308,9 @@ def _work(order: Order, conn: Connection, marks: Marks) -> dict[str, float]:
     size = settings["batch_size"]
     if order.careful and size != loaded.model.input.batch:
         size = 1  # no other image may be in the batch that kills, and a batch that is too large must not look like one
-    session = open_best(loaded, settings["backend"], settings["provider"], settings["precision"], size)
+    session = open_best(
+        loaded, settings["backend"], settings["provider"], settings["precision"], size, device=order.device
+    )
     passes = open_passes(loaded, session, plan.targets, size)
     loaded.release()
 
