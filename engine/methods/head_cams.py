@@ -1,9 +1,11 @@
 """The CAMs that change a layer's maps and run only the head behind it: Ablation-CAM and Recipro-CAM.
 
-Where the head is pooling and one linear layer, Ablation-CAM's weights are known without a pass.
+Where the head is pooling and one linear layer, both are known without a pass.
 """
 
 from __future__ import annotations
+
+import math
 
 import numpy as np
 
@@ -92,17 +94,25 @@ def share(facts: Facts, parameters: Parameters, seed: int) -> TapBank:
 
 
 def show_each(facts: Facts, observation: Observation, parameters: Parameters, shared: Bank | None) -> Expansion:
-    if shared is None:
+    if not isinstance(shared, TapBank):
         raise ValueError("recipro-cam needs its shared masks")
-    return Expansion(shared, extras={"passes": len(shared)})
+    if bent(facts, parameters):
+        return Expansion(shared, extras={"passes": len(shared)})
+    return Expansion(carry=shared, extras={"passes": 0})
 
 
 def arrange(
     facts: Facts, observation: Observation, expansion: Expansion, scores: Array, parameters: Parameters
 ) -> Combined:
     """The score of each place, at that place."""
-    if facts.tap is None:
+    if facts.tap is None or observation.features is None:
         raise ValueError("recipro-cam needs a layer")
+    if not isinstance(facts.head, str):
+        masks = expansion.carry.masks.reshape(math.prod(facts.tap.grid), -1)
+        shown = masks @ observation.features.reshape(len(observation.features), -1).T / masks.shape[1]
+        raw = shown @ facts.head.weight.T + facts.head.bias
+        kind = "none" if not facts.has_logits else "sigmoid" if facts.output == "sigmoid" else "softmax"
+        scores = host.class_scores(raw, observation.targets, kind).T
     return Combined(scores.reshape(-1, *facts.tap.grid), tuple({} for _ in scores))
 
 
@@ -129,9 +139,9 @@ HEAD_CAMS = (
         expand=show_each,
         combine=arrange,
         finish=lambda parameters: ("minmax", "upsample"),
-        passes=lambda facts, parameters: facts.tap.grid[0] * facts.tap.grid[1] if facts.tap else 0,
+        passes=lambda facts, parameters: math.prod(facts.tap.grid) if facts.tap and bent(facts, parameters) else 0,
         refuses=refuses,
         share=share,
-        head=lambda facts, parameters: True,
+        head=bent,
     ),
 )

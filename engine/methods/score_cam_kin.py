@@ -28,6 +28,8 @@ from ..types import (
 from .masks import once, scaled_after_upsampling
 from .segments import random_of
 
+ROUNDS = 50  # of k-means, at most
+
 Tried = tuple[Array, Array]
 Trying = Callable[[Array, Array, tuple[int, int], Parameters, np.random.Generator], Tried]
 
@@ -54,7 +56,12 @@ def clustered(
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)  # an empty cluster has no mask and no channel
         points = masks.reshape(len(masks), -1).astype(np.float64)
-        _, labels = kmeans2(points, min(int(parameters["clusters"]), len(points)), iter=50, minit="++", rng=random)
+        centres, labels = kmeans2(points, min(int(parameters["clusters"]), len(points)), iter=1, minit="++", rng=random)
+        for _ in range(ROUNDS - 1):  # scipy's own rounds go on when nothing changes any more
+            before = labels
+            centres, labels = kmeans2(points, centres, iter=1, minit="matrix")
+            if np.array_equal(labels, before):
+                break
     _, labels = np.unique(labels, return_inverse=True)
     means = np.stack([masks[labels == label].mean(axis=0) for label in range(labels.max() + 1)])
     uses = np.where(found.uses >= 0, labels[found.uses], -1)
