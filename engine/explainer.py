@@ -5,22 +5,24 @@ from __future__ import annotations
 import time
 from collections import deque
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from .. import HeatmillError, InputError, ModelError
+from .. import BackendError, HeatmillError, InputError, ModelError
 from ..kernels import finish, host
+from ..models.graph.precision import HALF
 from ..models.preprocess import ImageRefused, decode, denormalise, normalise, view
 from ..models.spec import ModelSpec
 from ..models.superpixels import Segmentation, cut
-from .backends import DeviceSession, Session, first_line
+from .backends import DeviceSession, Session, device_of, first_line
 from .canvas import DeviceCanvas, HostCanvas, Ran, Wish, random_key
 from .coincide import Asked, joined
-from .opening import Loaded, blank_batch, load
+from .opening import Loaded, blank_batch, load, open_best
 from .passes import Passed, Passes, open_passes
 from .schedule import HEAD, NETWORK, OBSERVE, Batch, Run, Scheduler
 from .trial import try_model
@@ -82,6 +84,7 @@ class Engine:
         seed: of the random masks and noise.
         on_batch: called after every batch with its number of rows.
         passes: `open_passes` for the same targets, where a method needs a backward graph.
+        spare: makes the engine that an image goes through again where this one gave a value that is not finite.
     """
 
     def __init__(
@@ -93,6 +96,7 @@ class Engine:
         seed: int = 0,
         on_batch: Callable[[int], None] = lambda rows: None,
         passes: Passes | None = None,
+        spare: Callable[[], Engine] | None = None,
     ) -> None:
         self.loaded = loaded
         self.session = session
@@ -101,6 +105,8 @@ class Engine:
         self.passes = passes or Passes()
         self.stages = Stages()
         self._on_batch = on_batch
+        self._make_spare = spare
+        self._spare: Engine | None = None
         self._seed = seed
         self._flexible = session.flexible and loaded.model.input.batch != batch_size
         facts = loaded.facts
@@ -423,6 +429,16 @@ class Engine:
     def _explained(self, key: Hashable) -> Iterator[Explanation]:
         state = self._states.pop(key)
         self._canvas.forget(state.item)
+        found = list(self._told_of(key, state))
+        if self._make_spare is not None and any(explanation.status == "nonfinite" for explanation in found):
+            if self._spare is None:
+                self._spare = self._make_spare()
+            note = f"{self.session.precision} gave a value that is not finite; done again in "
+            note += self._spare.session.precision
+            found = [_noted(explanation, note) for explanation in self._spare.stream([state.item])]
+        yield from found
+
+    def _told_of(self, key: Hashable, state: _State) -> Iterator[Explanation]:
         raw = state.raw
         if raw is None:
             raise RuntimeError(f"item {key!r} finished before it was observed")
@@ -468,6 +484,46 @@ class Engine:
         error = "the network gave a value that is not finite"
         size = self.loaded.facts.size
         return Explanation(key, call, target, source, score, pred, pred_score, "nonfinite", error, None, {}, size)
+
+
+def in_full(
+    loaded: Loaded,
+    reload: Callable[[], Loaded],
+    session: Session,
+    targets: Sequence[Target],
+    batch_size: int,
+    seed: int = 0,
+    on_batch: Callable[[int], None] = lambda rows: None,
+) -> Callable[[], Engine] | None:
+    """How to make an engine like that of `session` in fp32, for an image that half precision loses.
+
+    Args:
+        reload: opens the model file anew.
+
+    Returns:
+        None where the session is not in half precision, or the file has no other.
+    """
+    if session.precision not in HALF or loaded.own_precision != "fp32":
+        return None
+
+    def make() -> Engine:
+        loaded = reload()
+        arguments = (loaded, session.backend, session.provider)
+        device = device_of(session)
+        try:
+            full = open_best(*arguments, "fp32", batch_size, device=device)
+        except BackendError:  # a provider without a switch that keeps fp32 from being tf32
+            full = open_best(*arguments, "tf32", batch_size, device=device)
+        passes = open_passes(loaded, full, targets, batch_size)
+        loaded.release()
+        return Engine(loaded, full, targets, batch_size, seed, on_batch, passes)
+
+    return make
+
+
+def _noted(explanation: Explanation, note: str) -> Explanation:
+    told = "; ".join(filter(None, [str(explanation.extras.get("note", "")), note]))
+    return replace(explanation, extras={**explanation.extras, "note": told})
 
 
 def _asked(state: _State, method: int) -> Array:
@@ -570,9 +626,17 @@ class Explainer:
     ) -> None:
         if not isinstance(method, str):
             raise InputError(f"method {method!r}: an Explainer has one method, as text; make one for each")
-        self._loaded = load(
-            model, [method], layer=layer, preprocess=preprocess, labels=labels, output=output, scores=scores
+        self._load: Callable[[], Loaded] = partial(
+            load,
+            model,
+            [method],
+            layer=layer,
+            preprocess=preprocess,
+            labels=labels,
+            output=output,
+            scores=scores,
         )
+        self._loaded = self._load()
         if batch_size != "auto" and not (isinstance(batch_size, int) and batch_size >= 1):
             raise InputError(f'batch_size {batch_size!r}: give "auto" or a number from 1')
         call = self._loaded.calls[0]
@@ -643,7 +707,9 @@ class Explainer:
         parsed = parse_targets([str(text) for text in texts], classes, loaded.spec.label_names)
         if any(target.kind == "label" for target in parsed):
             raise InputError("target 'label' needs a manifest (heatmill explain); give the class here")
-        engine = Engine(loaded, self._session, parsed, self._rows, self._seed, passes=self._passes_for(parsed))
+        spare = in_full(loaded, self._load, self._session, parsed, self._rows, self._seed)
+        passes = self._passes_for(parsed)
+        engine = Engine(loaded, self._session, parsed, self._rows, self._seed, passes=passes, spare=spare)
         return engine.stream(Item(i, self._input(i, image)) for i, image in enumerate(images))
 
     def _passes_for(self, targets: Sequence[Target]) -> Passes:

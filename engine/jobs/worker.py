@@ -15,6 +15,7 @@ from collections import deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from itertools import islice
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -25,7 +26,7 @@ from ...models.preprocess import ImageRefused, decode, normalise, view
 from ...models.spec import ModelSpec
 from ...models.superpixels import Segmentation, cut
 from ..backends import usable_cores
-from ..explainer import Engine
+from ..explainer import Engine, in_full
 from ..opening import Loaded, open_best
 from ..passes import open_passes
 from ..trial import ran_out_of_memory
@@ -319,7 +320,9 @@ def _work(order: Order, conn: Connection, marks: Marks) -> dict[str, float]:
         if marks.stopping:
             raise _Drained
 
-    engine = Engine(loaded, session, plan.targets, size, settings["seed"], on_batch, passes)
+    reload = partial(plans.load_for, plan, order.model)
+    spare = in_full(loaded, reload, session, plan.targets, size, settings["seed"], on_batch)
+    engine = Engine(loaded, session, plan.targets, size, settings["seed"], on_batch, passes, spare)
     collector = Collector(order.run, plan, loaded, conn, marks)
     marks.beat()
     conn.send(("ready", time.perf_counter() - start, session.version))

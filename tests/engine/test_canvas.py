@@ -6,17 +6,20 @@ The emulator compiles the kernels' own sources for the CPU, and its streams run 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
 import numpy as np
 import onnxruntime
 import pytest
 from onnx import TensorProto
 
+from heatmill import BackendError
+from heatmill.engine import explainer as explaining
 from heatmill.engine import passes as engine_passes
 from heatmill.engine.backends import DeviceSession, Profile, ort
 from heatmill.engine.canvas import DeviceCanvas, HostCanvas
 from heatmill.engine.coincide import Asked
-from heatmill.engine.explainer import Engine
+from heatmill.engine.explainer import Engine, in_full
 from heatmill.engine.opening import load, open_best
 from heatmill.engine.passes import open_passes
 from heatmill.engine.types import Explanation, Item, PathBank, Target
@@ -167,6 +170,40 @@ def test_what_is_not_finite_ends_its_request_and_no_other(make_model, emulated_d
     assert {e.status for e in found if e.key == 0 and e.method.method.name == "rise"} == {"nonfinite"}
     assert {e.status for e in found if e.key == 1} == {"ok"}
     assert engine.stages.rows < 2 * (300 + 42)
+
+
+def test_an_image_that_half_precision_loses_is_done_again_in_full(make_model, emulated_driver, monkeypatch):
+    path, images = make_model(), pictures(3, SIZE)
+    images[1] *= 1e5 / np.abs(images[1]).max()  # beyond what fp16 holds
+    methods = ["rise:masks=30", "cam"]
+    loaded = load(path, methods)
+    session = on_emulator(loaded.serialized(True), Profile(8, "fp16"), emulated_driver)
+
+    def on_the_emulator_too(again, backend, provider, precision, size, device):
+        if precision == "fp32" and lacking:
+            raise BackendError("no fp32")
+        asked.append((backend, provider, precision, device))
+        return on_emulator(again.serialized(True), Profile(size, precision), emulated_driver)
+
+    monkeypatch.setattr(explaining, "open_best", on_the_emulator_too)
+    for lacking in (False, True):
+        asked: list[tuple] = []
+        spare = in_full(loaded, lambda: load(path, methods), session, TARGETS, 8, 2)
+        engine = Engine(loaded, session, TARGETS, 8, seed=2, spare=spare)
+        found = list(engine.stream(Item(i, image) for i, image in enumerate(images)))
+        found.sort(key=lambda e: (e.key, e.method.text))
+        full = "tf32" if lacking else "fp32"
+        assert asked == [("onnxruntime", "cuda", full, 0)]
+        wanted, _ = explained(path, methods, images, 8, None)
+        same([e for e in found if e.key == 1], [e for e in wanted if e.key == 1])
+        notes = {e.key: e.extras.get("note", "") for e in found}
+        assert notes[1] == f"fp16 gave a value that is not finite; done again in {full}"
+        assert {notes[0], notes[2]} == {""}
+    lost = list(Engine(loaded, session, TARGETS, 8, seed=2).stream([Item(1, images[1])]))
+    assert {e.status for e in lost} == {"nonfinite"}
+    plain = open_best(loaded, batch_size=8)
+    assert in_full(loaded, lambda: loaded, plain, TARGETS, 8) is None
+    assert in_full(replace(loaded, own_precision="fp16"), lambda: loaded, session, TARGETS, 8) is None
 
 
 def test_a_bank_without_a_kernel_is_refused(make_model, emulated_driver):
