@@ -204,6 +204,9 @@ def gpu(monkeypatch, driver):
         def get_inputs(self):
             return [SimpleNamespace(name="image", type="tensor(float16)")]
 
+        def get_outputs(self):
+            return []
+
     devices = [
         SimpleNamespace(ep_name=DEVICE_NAMES["nv-tensorrt-rtx"]),
         SimpleNamespace(ep_name="CPUExecutionProvider"),

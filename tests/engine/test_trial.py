@@ -34,11 +34,11 @@ def test_an_error_that_says_that_no_memory_was_left(message):
 def test_a_smaller_batch_is_tried_and_said_once(make_model, monkeypatch, caplog):
     opened, asked = trial.open_best, []
 
-    def small(loaded, backend, provider, precision, size, threads):
+    def small(loaded, backend, provider, precision, size, threads, device):
         asked.append(size)
         if size > 8:
             raise BackendError(f"out of memory: a batch of {size} rows")
-        return opened(loaded, backend, provider, precision, size, threads)
+        return opened(loaded, backend, provider, precision, size, threads, device)
 
     monkeypatch.setattr(trial, "open_best", small)
     loaded = load(make_model(), ["cam"])
