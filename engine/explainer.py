@@ -14,12 +14,12 @@ import numpy as np
 import numpy.typing as npt
 
 from .. import BackendError, HeatmillError, InputError, ModelError
-from ..kernels import finish, host
+from ..kernels import finish, foreign, host
 from ..models.graph.precision import HALF
 from ..models.preprocess import ImageRefused, decode, denormalise, normalise, view
 from ..models.spec import ModelSpec
 from ..models.superpixels import Segmentation, cut
-from .backends import DeviceSession, Session, device_of, first_line
+from .backends import DeviceSession, Session, device_of, first_line, open_driver
 from .canvas import DeviceCanvas, HostCanvas, Ran, Wish, random_key
 from .coincide import Asked, joined
 from .opening import Loaded, blank_batch, load, open_best
@@ -669,7 +669,8 @@ class Explainer:
 
         Args:
             images: paths and uint8 (H, W, c) pictures, which are preprocessed by the spec; or one float array
-                (n, c, H, W) in the network's own layout and units, taken as it is.
+                (n, c, H, W) in the network's own layout and units, taken as it is. Arrays may also be CuPy's, PyTorch's
+                or any other's that lies on a GPU.
             targets: `predicted`, `top3`, class numbers or names; the same for every image.
 
         Raises:
@@ -724,6 +725,9 @@ class Explainer:
 
     def _input(self, position: int, image: Image) -> Array:
         spec, dtype = self._loaded.spec, self._loaded.model.input.dtype
+        if foreign.on_device(image):
+            driver = self._session.driver if isinstance(self._session, DeviceSession) else open_driver(0)
+            image = foreign.to_host(image, driver)
         if isinstance(image, str | Path):
             try:
                 image = decode(Path(image).read_bytes(), exif=spec.exif, color=spec.color)

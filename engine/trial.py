@@ -4,18 +4,22 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
 
 import numpy as np
 
 from .. import BackendError, ModelError
+from ..kernels.device import DeviceArray
 from .backends import DeviceSession, Session, choose, open_session
 from .backends.base import Profile
 from .opening import DEFAULT_BATCH, Loaded, blank_batch, open_best, require_classes, row_shape
 from .types import Array
 
 TRIAL_SIZES = (8, 16, 32, 64)
+DEVICE_SIZES = (32, 64, 128, 256, 512)  # on a GPU
+SHARE = 0.5  # of a GPU's free memory, what a batch may need of it
 TRIAL_SECONDS = 8.0  # a trial batch predicted to take longer is not tried
 WORTH = 20 * DEFAULT_BATCH  # rows of planned work from which measuring batch sizes pays
 GAIN = 1.03  # a larger batch must be this much faster per row to be worth its memory
@@ -110,7 +114,7 @@ def try_model(
     trials: dict[int, float] = {}
     if free and batch_size is None and rows > WORTH:
         measured = session
-        trials = _measure(lambda count: _seconds(loaded, measured if short else opened(count), count))
+        trials = _measure(lambda count: _seconds(loaded, measured if short else opened(count), count), _sizes(session))
         size = next(count for count, speed in trials.items() if speed * GAIN >= max(trials.values()))
         session, speed = opened(size), trials[size]  # anew: the one that was measured keeps the largest batch's memory
     else:
@@ -202,10 +206,18 @@ def batch_is_free(loaded: Loaded, backend: str, provider: str | None, precision:
     return bool(same)
 
 
-def _measure(seconds: Callable[[int], float]) -> dict[int, float]:
+def _sizes(session: Session) -> Sequence[int]:
+    """The batch sizes to try: on a GPU larger ones, as far as its free memory holds what they need."""
+    if not isinstance(session, DeviceSession):
+        return TRIAL_SIZES
+    room = SHARE * session.driver.memory()[0]
+    return [rows for rows in DEVICE_SIZES if rows * session.memory_per_row <= room] or DEVICE_SIZES[:1]
+
+
+def _measure(seconds: Callable[[int], float], sizes: Sequence[int]) -> dict[int, float]:
     """Rows per second by batch size, until a batch would take too long."""
     speeds: dict[int, float] = {}
-    for count in TRIAL_SIZES:
+    for count in sizes:
         if speeds and count / max(speeds.values()) > TRIAL_SECONDS:
             break
         try:
@@ -219,9 +231,36 @@ def _measure(seconds: Callable[[int], float]) -> dict[int, float]:
 
 def _seconds(loaded: Loaded, session: Session, rows: int) -> float:
     batch = blank_batch(loaded, rows)
+    if isinstance(session, DeviceSession):
+        return _device_seconds(loaded, session, batch)
     start = time.perf_counter()
     session.run({loaded.model.input.name: batch}, [loaded.scores])
     return time.perf_counter() - start
+
+
+def _device_seconds(loaded: Loaded, session: DeviceSession, batch: Array) -> float:
+    """As in a run: the batch is on the device already."""
+    driver, held = session.driver, []
+
+    def room(shape: tuple[int, ...], dtype: np.dtype[Any]) -> DeviceArray:
+        array = DeviceArray(0, shape, dtype)
+        held.append(driver.alloc(array.nbytes))
+        return replace(array, pointer=held[-1])
+
+    try:
+        rows = np.ascontiguousarray(batch, session.input_dtype)
+        feeds = {loaded.model.input.name: room(rows.shape, rows.dtype)}
+        driver.to_device(feeds[loaded.model.input.name].pointer, rows, session.stream)
+        ((shape, dtype),) = session.described(feeds, [loaded.scores])
+        outputs = {loaded.scores: room(shape, dtype)}
+        driver.synchronize(session.stream)
+        start = time.perf_counter()
+        session.run_on_device(feeds, outputs)
+        driver.synchronize(session.stream)
+        return time.perf_counter() - start
+    finally:
+        for pointer in held:
+            driver.free(pointer)
 
 
 def _random_rows(loaded: Loaded, rows: int, scale: float = 1.0) -> Array:

@@ -16,6 +16,7 @@ from .base import (
     cpu_flags,
     device_of,
     first_line,
+    open_driver,
     usable_cores,
 )
 
@@ -33,6 +34,7 @@ __all__ = [
     "cpu_flags",
     "device_of",
     "first_line",
+    "open_driver",
     "open_session",
     "pick_provider",
     "survey",

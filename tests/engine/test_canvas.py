@@ -13,9 +13,10 @@ import onnxruntime
 import pytest
 from onnx import TensorProto
 
-from heatmill import BackendError
+from heatmill import BackendError, Explainer
 from heatmill.engine import explainer as explaining
 from heatmill.engine import passes as engine_passes
+from heatmill.engine import trial
 from heatmill.engine.backends import DeviceSession, Profile, ort
 from heatmill.engine.canvas import DeviceCanvas, HostCanvas
 from heatmill.engine.coincide import Asked
@@ -25,8 +26,10 @@ from heatmill.engine.passes import open_passes
 from heatmill.engine.types import Explanation, Item, PathBank, Target
 from heatmill.kernels.device import DeviceArray
 from tests.emulator.emulated import EmulatedDriver
+from tests.engine.host_driver import HostDriver
 from tests.engine.test_methods import pictures
 from tests.graphs import without_scores_in_the_dark
+from tests.kernels.test_foreign import ByDlpack, ByInterface
 
 SIZE = (33, 29)
 TARGETS = [Target("top", 2), Target("class", 3)]
@@ -217,3 +220,26 @@ def test_a_bank_without_a_kernel_is_refused(make_model, emulated_driver):
         canvas.paint(slice(0, 2), item, Asked(bank, "zero", {0: None}), slice(0, 2))
     with pytest.raises(ValueError, match="rows without masks"):
         canvas.paint(slice(0, 2), item, Asked(None, "zero", {0: None}), slice(0, 2))
+
+
+def test_images_may_lie_on_a_gpu(make_model, monkeypatch):
+    path, images = make_model(), pictures(3, SIZE)
+    explainer = Explainer(path, method="rise:masks=20")
+    wanted = explainer.explain(images).maps
+    monkeypatch.setattr(explaining, "open_driver", lambda index: HostDriver())
+    np.testing.assert_array_equal(explainer.explain([ByInterface(image) for image in images]).maps, wanted)
+    np.testing.assert_array_equal(explainer.explain([ByDlpack(image) for image in images]).maps, wanted)
+
+
+def test_a_trial_on_a_gpu_times_what_is_there_already_and_sizes_batches_by_memory(make_model, emulated_driver):
+    loaded = load(make_model(), ["rise:masks=5"])
+    session = on_emulator(loaded.serialized(True), Profile(4, "fp16"), emulated_driver)
+    before = emulated_driver.memory()[0]
+    assert 0 < trial._seconds(loaded, session, 4) < 60
+    assert emulated_driver.memory()[0] == before
+    assert trial._sizes(session) == list(trial.DEVICE_SIZES)
+    session.memory_per_row = before // 300
+    assert trial._sizes(session) == [32, 64, 128]
+    session.memory_per_row = before
+    assert trial._sizes(session) == trial.DEVICE_SIZES[:1]
+    assert trial._sizes(open_best(loaded)) == trial.TRIAL_SIZES

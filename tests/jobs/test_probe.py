@@ -211,16 +211,16 @@ def test_the_batch_size_is_measured_where_it_is_worth_it(model):
 
 def test_trials_end_where_a_batch_takes_too_long_or_too_much_memory():
     seconds = {8: 4.0, 16: 9.0}
-    assert trial._measure(seconds.__getitem__) == {8: 2.0, 16: pytest.approx(16 / 9)}
+    assert trial._measure(seconds.__getitem__, trial.TRIAL_SIZES) == {8: 2.0, 16: pytest.approx(16 / 9)}
 
     def hungry(rows):
         if rows > 8:
             raise RuntimeError("Failed to allocate memory for requested buffer of size 1")
         return 1.0
 
-    assert trial._measure(hungry) == {8: 8.0}
+    assert trial._measure(hungry, trial.TRIAL_SIZES) == {8: 8.0}
     with pytest.raises(KeyError):
-        trial._measure({8: 1.0}.__getitem__)
+        trial._measure({8: 1.0}.__getitem__, trial.TRIAL_SIZES)
 
 
 class Strict:
