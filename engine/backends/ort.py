@@ -104,7 +104,10 @@ class OrtDeviceSession(OrtSession):
     def run(self, feeds: Mapping[str, Array], outputs: Sequence[str]) -> list[Array]:
         """Host arrays in and out; ONNX Runtime copies them."""
         given = {name: np.ascontiguousarray(values, self._inputs[name]) for name, values in feeds.items()}
-        return super().run(given, outputs)
+        try:
+            return super().run(given, outputs)
+        except Exception as err:
+            raise self._failed(err) from err
 
     def described(
         self, feeds: Mapping[str, DeviceArray], outputs: Sequence[str]
@@ -116,6 +119,7 @@ class OrtDeviceSession(OrtSession):
 
         Raises:
             ValueError: an array of another type than the graph's input.
+            BackendError: the GPU or its memory failed.
         """
         binding = self._session.io_binding()
         for name, array in feeds.items():
@@ -126,7 +130,13 @@ class OrtDeviceSession(OrtSession):
             binding.bind_output(name, *self._place, array.dtype.type, array.shape, array.pointer)
         options = ort.RunOptions()
         options.add_run_config_entry("disable_synchronize_execution_providers", "1")
-        self._session.run_with_iobinding(binding, options)
+        try:
+            self._session.run_with_iobinding(binding, options)
+        except Exception as err:
+            raise self._failed(err) from err
+
+    def _failed(self, err: Exception) -> BackendError:
+        return BackendError(f"onnxruntime ({self.provider}) failed on GPU {self.driver.index}: {first_line(err)}")
 
 
 def open(model: bytes, profile: Profile) -> Session:

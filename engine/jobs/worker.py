@@ -21,7 +21,7 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
-from ... import HeatmillError, IncompleteError
+from ... import BackendError, HeatmillError, IncompleteError
 from ...models.preprocess import ImageRefused, decode, normalise, view
 from ...models.spec import ModelSpec
 from ...models.superpixels import Segmentation, cut
@@ -337,6 +337,8 @@ def _work(order: Order, conn: Connection, marks: Marks) -> dict[str, float]:
             else:
                 for explanation in engine.stream(items):
                     collector.add(explanation)
+        except BackendError as err:  # it has run before: a device that is lost, or full
+            raise IncompleteError(f"{order.run}: {err}; the same command resumes") from err
         finally:
             pool.shutdown(cancel_futures=True)
     collector.report()

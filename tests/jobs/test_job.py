@@ -93,6 +93,22 @@ def photos(tmp_path_factory, save_photographs):
     return save_photographs(tmp_path_factory.mktemp("photos") / "photos", 12)
 
 
+LOST = """
+from heatmill import BackendError
+from heatmill.engine import canvas
+
+run, left = canvas.HostCanvas.run, [2]
+
+def lost(self, *given):
+    left[0] -= 1
+    if not left[0]:
+        raise BackendError("the GPU's driver failed: 719")
+    return run(self, *given)
+
+canvas.HostCanvas.run = lost
+"""
+
+
 @pytest.fixture
 def site(tmp_path, monkeypatch):
     """Workers obey what is appended to images."""
@@ -784,6 +800,22 @@ def test_a_worker_killed_between_a_commit_and_its_message(model, photos, tmp_pat
     assert len(seen) == 1
     assert seen.items() <= parts(out).items()
     assert_same(without_paths(content(out)), calm)
+
+
+def test_a_device_lost_in_the_middle_leaves_a_run_that_resumes(model, photos, tmp_path, quick, monkeypatch, calm):
+    monkeypatch.setattr(plans, "MAX_SHARD_ROWS", 2)
+    (tmp_path / "site").mkdir()
+    (tmp_path / "site" / "sitecustomize.py").write_text(LOST)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PYTHONPATH", str(tmp_path / "site"))
+        with pytest.raises(IncompleteError, match="the GPU's driver failed: 719; the same command resumes") as lost:
+            explained(model, photos, tmp_path / "run")
+    assert exit_code(lost) == 4
+    done = store.verify(tmp_path / "run")["committed"]
+    assert 0 < done < 6
+    summary = explained(model, photos, tmp_path / "run")
+    assert (summary.exit_code, summary.computed) == (0, 6 - done)
+    assert_same(without_paths(content(tmp_path / "run")), calm)
 
 
 def test_a_bug_in_the_worker_is_told_with_its_traceback(model, photos, tmp_path, site, quick):
