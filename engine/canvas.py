@@ -84,7 +84,11 @@ Wish = tuple[slice, Array, str]  # rows of a batch, classes, kind of score
 
 
 class Ran(Protocol):
-    """What a batch gave, once it is there."""
+    """What a batch gives."""
+
+    def wait(self) -> None:
+        """Until it is there."""
+        ...
 
     def alone(self, slot: int) -> Passed:
         """All that is known of one row."""
@@ -212,12 +216,13 @@ class DeviceCanvas:
 
     def __init__(self, loaded: Loaded, session: DeviceSession, rows: int, on_host: HostCanvas) -> None:
         self._loaded, self._session, self._on_host = loaded, session, on_host
-        self._kernels = Kernels(session.driver)
-        self._stream, self._copies = session.stream, session.driver.stream()
+        if session not in _TOOLS:
+            _TOOLS[session] = _Tools(session)
+        self._tools = _TOOLS[session]
+        self._kernels, self._stream, self._copies = self._tools.kernels, session.stream, self._tools.copies
         self._images = self._kernels.empty((rows, *on_host.images.shape[1:]), session.input_dtype)
-        self._sides = [_Side(self._kernels), _Side(self._kernels)]
         self._sent: dict[tuple[int, str], DeviceArray] = {}
-        self._blurred: dict[Hashable, dict[str, DeviceArray]] = {}
+        self._made: dict[Hashable, dict[str, DeviceArray]] = {}  # baselines, by image
 
     def put(self, slot: int, image: Array) -> None:
         """An image as it is."""
@@ -238,8 +243,9 @@ class DeviceCanvas:
         A batch is always whole: a library may make kernels for every new shape.
         """
         loaded, kernels, stream = self._loaded, self._kernels, self._stream
-        self._sides.reverse()
-        side = self._sides[0]
+        kernels.turn()
+        self._tools.sides.reverse()
+        side = self._tools.sides[0]
         tap = loaded.tap if observed else None
         names = [loaded.scores, *([tap.name] if tap else [])]
         feeds = {loaded.model.input.name: self._images}
@@ -259,7 +265,8 @@ class DeviceCanvas:
                 found[key] = kernels.posteriors(of, kind, out, stream=stream)
                 continue
             targets = side.take((len(found), "targets"), out.shape, np.dtype(np.int32))
-            kernels.upload(np.tile(classes.astype(np.int32), (n, 1)), out=targets, stream=stream)
+            rows_of = side.hold(len(found), np.tile(classes.astype(np.int32), (n, 1)))
+            kernels.upload(rows_of, out=targets, stream=stream)
             found[key] = kernels.class_scores(of, targets, kind, out, stream=stream)
         self._session.driver.record(side.event, stream)
         return _OnDevice(kernels, side.event, self._copies, raw, outputs[tap.name] if tap else None, loaded, found)
@@ -267,7 +274,7 @@ class DeviceCanvas:
     def sums(self, summed: Summed) -> Array:
         """Weighted sums (k, H, W) of masks at the network's size, beside what is queued."""
         bank, kernels, stream = summed.bank, self._kernels, self._copies
-        weights = kernels.upload(summed.weights.astype(np.float32), stream=stream)
+        weights = self._send(summed.weights.astype(np.float32))
         bits, offsets = self._on_device(bank.bits, "uint8"), self._on_device(bank.offsets, "int32")
         found = kernels.accumulate_grid(bits, offsets, weights, self._loaded.facts.size, stream=stream)
         return kernels.download(found, stream=stream)
@@ -275,7 +282,7 @@ class DeviceCanvas:
     def forget(self, item: Item) -> None:
         """The image is done."""
         self._on_host.forget(item)
-        self._blurred.pop(item.key, None)
+        self._made.pop(item.key, None)
 
     def _blend(self, slots: slice, image: Array, masks: Masks, baseline: DeviceArray | None) -> None:
         out, layout = self._images.rows(slots.start, slots.stop), self._loaded.spec.layout
@@ -297,8 +304,8 @@ class DeviceCanvas:
 
     def _baseline(self, item: Item, asked: Asked) -> DeviceArray | None:
         kind, *options = asked.baseline.split(":")
+        made = self._made.setdefault(item.key, {})
         if kind == "blur":
-            made = self._blurred.setdefault(item.key, {})
             if asked.baseline not in made:
                 size, sigma = options or ("51", "50")
                 image, layout = self._on_device(item.image, "float32"), self._loaded.spec.layout
@@ -307,21 +314,38 @@ class DeviceCanvas:
         baseline = self._on_host.baseline(item, asked)
         if baseline is None:
             return None
-        if baseline.size == 1:  # one number everywhere
-            return self._kernels.upload(
-                np.full(self._loaded.spec.input_size[0], baseline, np.float32), stream=self._stream
-            )
-        sent = self._on_device(baseline, "float32")
-        each = baseline.size == self._loaded.spec.input_size[0]
-        return DeviceArray(sent.pointer, (baseline.size,), sent.dtype, sent) if each else sent
+        channels = self._loaded.spec.input_size[0]
+        if baseline.size in (1, channels):  # the same everywhere
+            if asked.baseline not in made:
+                made[asked.baseline] = self._send(np.resize(baseline.astype(np.float32), channels))
+            return made[asked.baseline]
+        return self._on_device(baseline, "float32")
 
     def _on_device(self, array: Array, kind: str) -> DeviceArray:
         """An array of the host's, sent once and kept for as long as the host's own is."""
         key = (id(array), kind)
         if key not in self._sent:
-            self._sent[key] = self._kernels.upload(np.ascontiguousarray(array, kind), stream=self._stream)
+            self._sent[key] = self._send(np.ascontiguousarray(array, kind))
             weakref.finalize(array, self._sent.pop, key, None).atexit = False
         return self._sent[key]
+
+    def _send(self, array: Array) -> DeviceArray:
+        """An array of the host's, there for every stream; what is queued is not waited for."""
+        sent = self._kernels.upload(array, stream=self._copies)
+        self._kernels.driver.synchronize(self._copies)
+        return sent
+
+
+class _Tools:
+    """What all canvases of a session share: the kernels, a stream for copies, memory for two batches' results."""
+
+    def __init__(self, session: DeviceSession) -> None:
+        self.kernels = Kernels(session.driver, pooled=True)
+        self.copies = session.driver.stream()
+        self.sides = [_Side(self.kernels), _Side(self.kernels)]
+
+
+_TOOLS: weakref.WeakKeyDictionary[DeviceSession, _Tools] = weakref.WeakKeyDictionary()
 
 
 class _Side:
@@ -330,6 +354,7 @@ class _Side:
     def __init__(self, kernels: Kernels) -> None:
         self._kernels = kernels
         self._held: dict[Hashable, DeviceArray] = {}
+        self._read: dict[Hashable, Array] = {}
         self.event = kernels.driver.event()
 
     def take(self, name: Hashable, shape: tuple[int, ...], dtype: np.dtype[Any]) -> DeviceArray:
@@ -339,6 +364,11 @@ class _Side:
         if held is None or held.nbytes < wanted.nbytes:
             held = self._held[name] = self._kernels.empty((wanted.nbytes,), np.uint8)
         return DeviceArray(held.pointer, shape, dtype, held)
+
+    def hold(self, name: Hashable, array: Array) -> Array:
+        """Keep what is being copied."""
+        self._read[name] = array
+        return array
 
 
 class _OnDevice:
@@ -356,6 +386,10 @@ class _OnDevice:
     ) -> None:
         self._kernels, self._event, self._stream = kernels, event, stream
         self._raw, self._features, self._loaded, self._found = raw, features, loaded, found
+
+    def wait(self) -> None:
+        self._kernels.driver.wait(self._stream, self._event)
+        self._kernels.driver.synchronize(self._stream)
 
     def alone(self, slot: int) -> Passed:
         features = None

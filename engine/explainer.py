@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from collections import deque
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
@@ -15,6 +16,7 @@ import numpy.typing as npt
 
 from .. import BackendError, HeatmillError, InputError, ModelError
 from ..kernels import finish, foreign, host
+from ..kernels.device import Driver
 from ..models.graph.precision import HALF
 from ..models.preprocess import ImageRefused, decode, denormalise, normalise, view
 from ..models.spec import ModelSpec
@@ -43,6 +45,10 @@ from .types import (
 )
 
 Array = npt.NDArray[Any]
+
+SPARE_ROWS = 8  # of a batch of the engine that does lost images again: there is little room beside the other
+
+log = logging.getLogger("heatmill")
 
 
 @dataclass(slots=True)
@@ -206,7 +212,10 @@ class Engine:
 
     def _collect(self, scheduler: Scheduler, batch: Batch, ran: Ran) -> Iterator[Explanation]:
         """Take in what a batch gave."""
+        start = time.perf_counter()
+        ran.wait()
         clock = [time.perf_counter()]
+        self.stages.network += clock[0] - start
         finished: list[Hashable] = []
         for run in batch.runs:
             if run.observe:
@@ -431,12 +440,22 @@ class Engine:
         self._canvas.forget(state.item)
         found = list(self._told_of(key, state))
         if self._make_spare is not None and any(explanation.status == "nonfinite" for explanation in found):
-            if self._spare is None:
-                self._spare = self._make_spare()
-            note = f"{self.session.precision} gave a value that is not finite; done again in "
-            note += self._spare.session.precision
-            found = [_noted(explanation, note) for explanation in self._spare.stream([state.item])]
+            found = self._done_again(state.item, found)
         yield from found
+
+    def _done_again(self, item: Item, found: Sequence[Explanation]) -> list[Explanation]:
+        """An image through the spare engine; as it was, where there is no room for one."""
+        note = f"{self.session.precision} gave a value that is not finite"
+        try:
+            if self._spare is None and self._make_spare is not None:
+                self._spare = self._make_spare()
+            again = list(self._spare.stream([item])) if self._spare is not None else []
+        except BackendError as err:
+            self._make_spare = self._spare = None
+            log.warning("%s, and it can't be done again in fp32: %s", note, err)
+            return [_noted(explanation, f"{note}, nor could it be done again in fp32") for explanation in found]
+        precision = "" if self._spare is None else self._spare.session.precision
+        return [_noted(explanation, f"{note}; done again in {precision}") for explanation in again]
 
     def _told_of(self, key: Hashable, state: _State) -> Iterator[Explanation]:
         raw = state.raw
@@ -508,15 +527,16 @@ def in_full(
 
     def make() -> Engine:
         loaded = reload()
+        rows = batch_size if batch_size == loaded.model.input.batch else min(batch_size, SPARE_ROWS)
         arguments = (loaded, session.backend, session.provider)
         device = device_of(session)
         try:
-            full = open_best(*arguments, "fp32", batch_size, device=device)
+            full = open_best(*arguments, "fp32", rows, device=device)
         except BackendError:  # a provider without a switch that keeps fp32 from being tf32
-            full = open_best(*arguments, "tf32", batch_size, device=device)
-        passes = open_passes(loaded, full, targets, batch_size)
+            full = open_best(*arguments, "tf32", rows, device=device)
+        passes = open_passes(loaded, full, targets, rows)
         loaded.release()
-        return Engine(loaded, full, targets, batch_size, seed, on_batch, passes)
+        return Engine(loaded, full, targets, rows, seed, on_batch, passes)
 
     return make
 
@@ -600,6 +620,7 @@ class Explainer:
         method: as on the command line, `NAME[:key=value,...]`.
         layer: value or node to tap; None is the automatic choice.
         backend, provider, precision, threads: as on the command line.
+        device: number of the GPU; None is the first, where the backend is on one.
         batch_size: rows per network call; "auto" measures where one image needs enough passes, else takes 32.
         preprocess, labels, output: where the spec is not found beside the file.
 
@@ -618,6 +639,7 @@ class Explainer:
         precision: str = "auto",
         batch_size: int | str = "auto",
         threads: int | None = None,
+        device: int | None = None,
         seed: int = 0,
         preprocess: str | None = None,
         labels: str | Path | None = None,
@@ -645,12 +667,13 @@ class Explainer:
         asked = None if isinstance(batch_size, str) else batch_size
         passes = 1 + call.method.passes(self._loaded.facts, call.parameters)
         try:
-            trial, self._session = try_model(self._loaded, backend, provider, precision, asked, passes, threads)
+            trial, self._session = try_model(self._loaded, backend, provider, precision, asked, passes, threads, device)
         except HeatmillError:
             raise
         except Exception as err:
             raise ModelError(f"{model}: running the model failed ({first_line(err)[:300]})") from err
-        self._rows, self._seed, self._threads = trial.batch_size, seed, threads
+        self._rows, self._seed, self._threads, self._device = trial.batch_size, seed, threads, device
+        self._reader: tuple[Driver, int] | None = None  # of images that lie on a GPU
         self._passes: dict[tuple[str, ...], Passes] = {}
         if self._loaded.needs_weights:
             self._passes_for((Target("predicted"),))
@@ -726,8 +749,7 @@ class Explainer:
     def _input(self, position: int, image: Image) -> Array:
         spec, dtype = self._loaded.spec, self._loaded.model.input.dtype
         if foreign.on_device(image):
-            driver = self._session.driver if isinstance(self._session, DeviceSession) else open_driver(0)
-            image = foreign.to_host(image, driver)
+            image = self._from_device(position, image)
         if isinstance(image, str | Path):
             try:
                 image = decode(Path(image).read_bytes(), exif=spec.exif, color=spec.color)
@@ -745,3 +767,15 @@ class Explainer:
             told = f"pictures are uint8 (H, W, c) of {channels} channels, not {image.dtype} {image.shape}"
             raise InputError(f"image {position}: {told}")
         return normalise(view(image, spec)[0], spec, dtype)
+
+    def _from_device(self, position: int, image: Any) -> Array:
+        if self._reader is None:
+            if isinstance(self._session, DeviceSession):
+                self._reader = (self._session.driver, self._session.stream)
+            else:
+                driver = open_driver(self._device or 0)
+                self._reader = (driver, driver.stream())
+        try:
+            return foreign.to_host(image, *self._reader)
+        except ValueError as err:
+            raise InputError(f"image {position}: {err}") from None

@@ -169,7 +169,7 @@ def open_best(
     """
     graph = loaded.serialized(dynamic=batch_size != loaded.model.input.batch)
     feed = {loaded.model.input.name: blank_batch(loaded, batch_size)}
-    fits = choose(backend, provider, precision, loaded.own_precision)
+    fits = choose(backend, provider, precision, loaded.own_precision, device)
     sessions: list[tuple[float, Session]] = []
     refusals: list[BackendError] = []
     for name, door, kind in fits:

@@ -103,6 +103,9 @@ class Passed:
     returned: Mapping[Request, Returned]
     layers: Mapping[str, Array] = field(default_factory=dict)
 
+    def wait(self) -> None:
+        """It is there."""
+
     def alone(self, slot: int) -> Passed:
         """One row, its arrays the caller's to keep."""
         row = slice(slot, slot + 1)

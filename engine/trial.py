@@ -18,7 +18,8 @@ from .opening import DEFAULT_BATCH, Loaded, blank_batch, open_best, require_clas
 from .types import Array
 
 TRIAL_SIZES = (8, 16, 32, 64)
-DEVICE_SIZES = (32, 64, 128, 256, 512)  # on a GPU
+DEVICE_SIZES = (32, 64, 256)  # on a GPU: steps of TensorRT's plans
+ROUNDS = 2  # of a batch that is timed; the best counts
 SHARE = 0.5  # of a GPU's free memory, what a batch may need of it
 TRIAL_SECONDS = 8.0  # a trial batch predicted to take longer is not tried
 WORTH = 20 * DEFAULT_BATCH  # rows of planned work from which measuring batch sizes pays
@@ -74,7 +75,7 @@ def try_model(
         BackendError: nothing on this machine gives the precision, or the runtime refuses the model.
     """
     fixed = loaded.model.input.batch
-    free = batch_is_free(loaded, backend, provider, precision)
+    free = batch_is_free(loaded, backend, provider, precision, device or 0)
 
     def opened(size: int) -> Session:
         session = open_best(loaded, backend, provider, precision, size, threads, device or 0)
@@ -83,6 +84,9 @@ def try_model(
                 f"a device is asked for, and {session.backend} ({session.provider}) runs on the processor; give "
                 "--backend tensorrt or --provider cuda, or leave --device out"
             )
+        if isinstance(session, DeviceSession):  # which takes memory for values when it first runs
+            names = [loaded.scores, *([loaded.tap.name] if loaded.tap else [])]
+            session.run({loaded.model.input.name: blank_batch(loaded, size)}, names)
         return session
 
     size = batch_size or DEFAULT_BATCH
@@ -114,12 +118,12 @@ def try_model(
     trials: dict[int, float] = {}
     if free and batch_size is None and rows > WORTH:
         measured = session
-        trials = _measure(lambda count: _seconds(loaded, measured if short else opened(count), count), _sizes(session))
+        trials = _measure(lambda count: _best(loaded, measured if short else opened(count), count), _sizes(session))
         size = next(count for count, speed in trials.items() if speed * GAIN >= max(trials.values()))
         session, speed = opened(size), trials[size]  # anew: the one that was measured keeps the largest batch's memory
     else:
         count = min(size, 8) if short else size
-        speed = count / _seconds(loaded, session, count)
+        speed = count / _best(loaded, session, count)
     found = (session.backend, session.provider, session.precision, session.version, size, free, classes, speed, trials)
     return Trial(*found, notes=tuple(notes)), session
 
@@ -177,7 +181,7 @@ def check_scores(loaded: Loaded, session: Session, rows: int) -> list[str]:
     return []
 
 
-def batch_is_free(loaded: Loaded, backend: str, provider: str | None, precision: str) -> bool:
+def batch_is_free(loaded: Loaded, backend: str, provider: str | None, precision: str, device: int = 0) -> bool:
     """Whether the batch axis is open, or can be opened: then rows are packed to any batch size.
 
     A fixed axis is tried on two random rows: together in one batch, each must score as it does alone in the file as
@@ -186,12 +190,12 @@ def batch_is_free(loaded: Loaded, backend: str, provider: str | None, precision:
     fixed = loaded.model.input.batch
     if fixed is None:
         return True
-    name, door, kind = choose(backend, provider, precision, loaded.own_precision)[0]
+    name, door, kind = choose(backend, provider, precision, loaded.own_precision, device)[0]
     rows = _random_rows(loaded, 2)
     key = loaded.model.input.name
     try:
         opened = open_session(
-            name, loaded.serialized(dynamic=True), Profile(2, kind, door, input_shape=row_shape(loaded))
+            name, loaded.serialized(dynamic=True), Profile(2, kind, door, device=device, input_shape=row_shape(loaded))
         )
         together = opened.run({key: rows}, [loaded.scores])[0]
     except BackendError:
@@ -199,7 +203,7 @@ def batch_is_free(loaded: Loaded, backend: str, provider: str | None, precision:
     except Exception:  # a runtime's own error on a graph that was not made for this: the file's batch size is kept
         return False
     original = open_session(
-        name, loaded.serialized(dynamic=False), Profile(fixed, kind, door, input_shape=row_shape(loaded))
+        name, loaded.serialized(dynamic=False), Profile(fixed, kind, door, device=device, input_shape=row_shape(loaded))
     )
     alone = [original.run({key: np.repeat(row[None], fixed, axis=0)}, [loaded.scores])[0][0] for row in rows]
     same = len(together) == 2 and np.allclose(together.reshape(2, -1), np.reshape(alone, (2, -1)), rtol=1e-3, atol=1e-4)
@@ -221,7 +225,7 @@ def _measure(seconds: Callable[[int], float], sizes: Sequence[int]) -> dict[int,
         if speeds and count / max(speeds.values()) > TRIAL_SECONDS:
             break
         try:
-            speeds[count] = count / min(seconds(count), seconds(count))
+            speeds[count] = count / seconds(count)
         except Exception as err:
             if not speeds or not ran_out_of_memory(err):
                 raise
@@ -229,7 +233,14 @@ def _measure(seconds: Callable[[int], float], sizes: Sequence[int]) -> dict[int,
     return speeds
 
 
-def _seconds(loaded: Loaded, session: Session, rows: int) -> float:
+def _best(loaded: Loaded, session: Session, rows: int) -> float:
+    """Seconds of a batch; on a GPU the first is not counted, in which libraries choose or make their kernels."""
+    first = 1 if isinstance(session, DeviceSession) else 0
+    return min([batch_seconds(loaded, session, rows) for _ in range(first + ROUNDS)][first:])
+
+
+def batch_seconds(loaded: Loaded, session: Session, rows: int) -> float:
+    """Seconds of one batch of the network; on a GPU of one that is there already, as in a run."""
     batch = blank_batch(loaded, rows)
     if isinstance(session, DeviceSession):
         return _device_seconds(loaded, session, batch)
@@ -239,7 +250,6 @@ def _seconds(loaded: Loaded, session: Session, rows: int) -> float:
 
 
 def _device_seconds(loaded: Loaded, session: DeviceSession, batch: Array) -> float:
-    """As in a run: the batch is on the device already."""
     driver, held = session.driver, []
 
     def room(shape: tuple[int, ...], dtype: np.dtype[Any]) -> DeviceArray:

@@ -17,7 +17,7 @@ import numpy.typing as npt
 
 from . import host
 from .binaries import binary_for
-from .device import Argument, DeviceArray, Driver
+from .device import Argument, DeviceArray, Driver, OutOfMemory
 from .masks import Grids, Masks, checked, corner_places, places
 
 Array = npt.NDArray[Any]
@@ -42,26 +42,95 @@ STORE = 16  # bytes of one vector store
 MOST_ROWS = 65535  # of a grid's second axis
 CHUNK = 64  # masks that one thread sums at least
 MOST_SPLITS = 32  # of a weighted sum; each needs a copy of the result
+POOL_STEP, POOL_BYTES = 1 << 20, 1 << 28  # sizes above are rounded to it; what is kept at most
 WORKSPACE = 1 << 28  # bytes that a weighted sum holds at most, unless one class needs more
+
+
+class _Pool:
+    """Device memory that is used again, since to free it a driver waits for all that runs.
+
+    What is given back may still be read by what is queued: it is used again after two turns.
+    """
+
+    def __init__(self, driver: Driver) -> None:
+        self._driver = driver
+        self._ready: dict[int, list[int]] = {}
+        self._given: tuple[list[tuple[int, int]], ...] = ([], [])
+        self._kept = 0
+        self._closed = False
+
+    def take(self, nbytes: int) -> tuple[int, int]:
+        """A pointer, and the size it stands for."""
+        size = 1 << (nbytes - 1).bit_length() if nbytes <= POOL_STEP else -(-nbytes // POOL_STEP) * POOL_STEP
+        if self._ready.get(size):
+            self._kept -= size
+            return self._ready[size].pop(), size
+        try:
+            return self._driver.alloc(size), size
+        except OutOfMemory:
+            self.empty()
+            return self._driver.alloc(size), size
+
+    def give(self, pointer: int, size: int) -> None:
+        if self._closed:
+            self._driver.free(pointer)
+        else:
+            self._given[1].append((pointer, size))
+
+    def turn(self) -> None:
+        """Another batch is queued."""
+        older, newer = self._given
+        self._given = (newer, [])
+        for pointer, size in older:
+            if self._kept + size > POOL_BYTES:
+                self._driver.free(pointer)
+                continue
+            self._ready.setdefault(size, []).append(pointer)
+            self._kept += size
+
+    def empty(self) -> None:
+        """Free all that nothing refers to."""
+        for pointer, _ in [*self._given[0], *self._given[1]]:
+            self._driver.free(pointer)
+        for pointers in self._ready.values():
+            for pointer in pointers:
+                self._driver.free(pointer)
+        self._ready, self._given, self._kept = {}, ([], []), 0
+
+    def close(self) -> None:
+        """Keep nothing any more."""
+        self._closed = True
+        self.empty()
 
 
 class _Memory:
     """Device memory that goes back when nothing refers to it."""
 
-    def __init__(self, driver: Driver, nbytes: int) -> None:
-        self.pointer = driver.alloc(max(nbytes, 1))
-        weakref.finalize(self, driver.free, self.pointer).atexit = False
+    def __init__(self, driver: Driver, pool: _Pool | None, nbytes: int) -> None:
+        if pool is None:
+            self.pointer = driver.alloc(max(nbytes, 1))
+            weakref.finalize(self, driver.free, self.pointer).atexit = False
+            return
+        self.pointer, size = pool.take(max(nbytes, 1))
+        weakref.finalize(self, pool.give, self.pointer, size).atexit = False
 
 
 class Kernels:
     """The kernels of one device, compiled once. One thread at a time may use it.
 
+    Args:
+        pooled: whether memory is used again. Then `turn` is called for every batch that is queued, and what is dropped
+            before a batch is queued must have been read when the next but one is.
+
     Raises:
         BackendError: there is no cubin for the device's architecture, and NVRTC can't make one.
     """
 
-    def __init__(self, driver: Driver) -> None:
+    def __init__(self, driver: Driver, pooled: bool = False) -> None:
         self.driver = driver
+        self._pool = _Pool(driver) if pooled else None
+        if self._pool is not None:
+            weakref.finalize(self, self._pool.close).atexit = False
         self._module = driver.load(binary_for(driver.architecture))
         self._functions: dict[str, int] = {}
         self._constants: dict[Hashable, DeviceArray] = {}
@@ -70,8 +139,13 @@ class Kernels:
     def empty(self, shape: tuple[int, ...], dtype: npt.DTypeLike) -> DeviceArray:
         """An array whose values are undefined."""
         kind = np.dtype(dtype)
-        memory = _Memory(self.driver, math.prod(shape) * kind.itemsize)
+        memory = _Memory(self.driver, self._pool, math.prod(shape) * kind.itemsize)
         return DeviceArray(memory.pointer, shape, kind, memory)
+
+    def turn(self) -> None:
+        """Another batch is queued."""
+        if self._pool is not None:
+            self._pool.turn()
 
     def upload(self, array: Array, *, stream: int, out: DeviceArray | None = None) -> DeviceArray:
         """A host array on the device."""

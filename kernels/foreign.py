@@ -12,7 +12,7 @@ import numpy.typing as npt
 from .device import DeviceArray, Driver
 
 CUDA = (2, 13)  # DLPack's device types: CUDA's own memory, managed memory
-LEGACY_STREAM = 1  # CUDA's name of the default stream
+NO_WAIT = -1  # DLPack's way to say that the consumer waits by itself
 KINDS = {0: "i", 1: "u", 2: "f", 6: "b"}  # DLPack's type codes that NumPy has
 
 
@@ -35,35 +35,34 @@ class _Tensor(ctypes.Structure):
 
 def on_device(value: object) -> bool:
     """Whether a value is an array on a GPU."""
-    if hasattr(value, "__cuda_array_interface__"):
-        return True
-    return hasattr(value, "__dlpack_device__") and int(value.__dlpack_device__()[0]) in CUDA
+    if hasattr(value, "__dlpack_device__"):
+        return int(value.__dlpack_device__()[0]) in CUDA
+    return hasattr(value, "__cuda_array_interface__")
 
 
 def as_device_array(value: Any, driver: Driver) -> DeviceArray:
-    """A GPU's array by `__cuda_array_interface__` or DLPack, without a copy; what is still written to it is waited for.
+    """A GPU's array by DLPack or `__cuda_array_interface__`, without a copy; what is still written to it is waited for.
 
     Raises:
-        ValueError: it is not on a GPU, not C-contiguous, or of a type that NumPy does not have.
+        ValueError: it is not on the driver's GPU, not C-contiguous, of a type that NumPy does not have, or its library
+            does not hand it out.
     """
-    try:  # PyTorch says only on reading it that a type has no such interface
-        described = value.__cuda_array_interface__
-    except (AttributeError, TypeError):
+    if not on_device(value):
+        raise ValueError(f"a {type(value).__name__} is no array on a GPU")
+    driver.finish()
+    if hasattr(value, "__dlpack_device__"):
         return _by_dlpack(value, driver)
+    described = value.__cuda_array_interface__
     shape, dtype = tuple(described["shape"]), np.dtype(described["typestr"])
     strides = described.get("strides")
     if strides is not None and math.prod(shape) > 1:
         _contiguous(shape, tuple(int(step) // dtype.itemsize for step in strides))
-    stream = described.get("stream")
-    if stream is not None:
-        driver.synchronize(int(stream))
     return DeviceArray(int(described["data"][0]), shape, dtype, value)
 
 
-def to_host(value: Any, driver: Driver) -> npt.NDArray[Any]:
-    """A GPU's array as one of NumPy."""
+def to_host(value: Any, driver: Driver, stream: int) -> npt.NDArray[Any]:
+    """A GPU's array as one of NumPy, copied on a stream of the driver's."""
     array = as_device_array(value, driver)
-    stream = driver.stream()
     result = np.empty(array.shape, array.dtype)
     driver.to_host(result, array.pointer, stream)
     driver.synchronize(stream)
@@ -71,9 +70,13 @@ def to_host(value: Any, driver: Driver) -> npt.NDArray[Any]:
 
 
 def _by_dlpack(value: Any, driver: Driver) -> DeviceArray:
-    if not on_device(value):
-        raise ValueError(f"a {type(value).__name__} is no array on a GPU")
-    capsule = value.__dlpack__(stream=LEGACY_STREAM)
+    index = int(value.__dlpack_device__()[1])
+    if index != driver.index:
+        raise ValueError(f"an array on GPU {index}, and heatmill works on GPU {driver.index}")
+    try:
+        capsule = value.__dlpack__(stream=NO_WAIT)
+    except (BufferError, RuntimeError) as err:  # PyTorch's that are part of a gradient
+        raise ValueError(f"a {type(value).__name__} that its library does not hand out: {err}") from err
     read = ctypes.pythonapi.PyCapsule_GetPointer
     read.restype, read.argtypes = ctypes.c_void_p, [ctypes.py_object, ctypes.c_char_p]
     tensor = ctypes.cast(read(capsule, b"dltensor"), ctypes.POINTER(_Tensor)).contents
@@ -84,7 +87,6 @@ def _by_dlpack(value: Any, driver: Driver) -> DeviceArray:
     dtype = np.dtype(f"{kind}{tensor.bits // 8}")
     if tensor.strides and math.prod(shape) > 1:
         _contiguous(shape, tuple(tensor.strides[axis] for axis in range(tensor.ndim)))
-    driver.synchronize(LEGACY_STREAM)
     return DeviceArray(tensor.data + tensor.byte_offset, shape, dtype, capsule)
 
 

@@ -85,9 +85,9 @@ def build_plan(backend: str, model: bytes, profile: Profile, target: str | None 
     return plan
 
 
-def survey() -> list[Offer]:
-    """What every known backend gives on this machine."""
-    return [offer for name in BACKENDS for offer in _door(name).survey()]
+def survey(device: int = 0) -> list[Offer]:
+    """What every known backend gives on this machine; `device` is the number of the GPU that is asked."""
+    return [offer for name in BACKENDS for offer in _door(name).survey(device)]
 
 
 def pick_provider(backend: str) -> str:
@@ -118,7 +118,7 @@ def wanted_precision(precision: str, own: str) -> str:
     return wanted
 
 
-def choose(backend: str, provider: str | None, precision: str, own: str) -> list[tuple[str, str, str]]:
+def choose(backend: str, provider: str | None, precision: str, own: str, device: int = 0) -> list[tuple[str, str, str]]:
     """The (backend, provider, precision) that give what was asked.
 
     Args:
@@ -130,7 +130,7 @@ def choose(backend: str, provider: str | None, precision: str, own: str) -> list
     """
     wanted = wanted_precision(precision, own)
     named = "onnxruntime" if backend == "auto" else backend
-    known = _door(named).survey()
+    known = _door(named).survey(device)
     if provider is None:
         offers = [offer for offer in known if not offer.by_name]
     else:

@@ -1,8 +1,9 @@
 """What a backend promises, and what it may know of the machine.
 
-A backend module has `open(model, profile) -> Session` and `survey() -> list[Offer]`. A session runs one graph on one
-device: `run` takes arrays of exactly `profile.batch_size` rows (or fewer, where `flexible`), gives the asked outputs in
-order as arrays that are the caller's to keep, and never answers from a device or at a precision that was not asked for.
+A backend module has `open(model, profile) -> Session` and `survey(device) -> list[Offer]`. A session runs one graph on
+one device: `run` takes arrays of exactly `profile.batch_size` rows (or fewer, where `flexible`), and gives the asked
+outputs in order as arrays that are the caller's to keep. It never answers from a device or at a precision that was not
+asked for.
 """
 
 from __future__ import annotations

@@ -146,7 +146,7 @@ def open(model: bytes, profile: Profile) -> Session:
         BackendError: unknown provider or precision on this machine, or the runtime refuses the model.
     """
     provider = profile.provider or "cpu"
-    offers = {offer.provider: offer for offer in survey()}
+    offers = {offer.provider: offer for offer in survey(profile.device)}
     if provider not in offers:
         raise BackendError(f"onnxruntime has no provider {provider!r} here; known: {', '.join(offers)}")
     offer = offers[provider]
@@ -278,11 +278,11 @@ def _openvino_devices() -> list[Any]:
     return [found for found in devices if found.ep_name == OPENVINO and found.ep_metadata.get("ov_device") == "CPU"]
 
 
-def survey() -> list[Offer]:
-    return [*_survey_cpu(), *(_survey_device(provider) for provider in DEVICES)]
+def survey(device: int = 0) -> list[Offer]:
+    return [*_survey_cpu(), *(_survey_device(provider, device) for provider in DEVICES)]
 
 
-def _survey_device(provider: str) -> Offer:
+def _survey_device(provider: str, device: int) -> Offer:
     found = DEVICES[provider]
 
     def offer(version: str, gives: tuple[str, ...], note: str) -> Offer:
@@ -297,9 +297,9 @@ def _survey_device(provider: str) -> Offer:
     elif found.name not in ort.get_available_providers():
         return offer("", (), f"not installed: {found.install}")
     try:
-        driver = open_driver(0)
+        driver = open_driver(device)
         if provider == "nv-tensorrt-rtx":
-            _plugin_devices(0)
+            _plugin_devices(device)
     except BackendError as err:
         return offer(version, (), str(err))
     note = "" if "fp32" in found.gives else "; it has no switch that keeps fp32 from being tf32"

@@ -42,5 +42,5 @@ def open(model: bytes, profile: Profile) -> ReferenceSession:
         raise BackendError(f"backend reference can't run the model: {first_line(err)}") from err
 
 
-def survey() -> list[Offer]:
+def survey(device: int = 0) -> list[Offer]:
     return [Offer("reference", "numpy", onnx.__version__, ("fp32", "fp16", "int8"), "slow; for checks on small models")]

@@ -106,10 +106,10 @@ def build_plan(model: bytes, profile: Profile, target: str | None = None) -> Pla
     return order.cached() or order.built()
 
 
-def survey() -> list[Offer]:
+def survey(device: int = 0) -> list[Offer]:
     """Both libraries, or why they can't be used here."""
     try:
-        driver: Driver | None = open_driver(0)
+        driver: Driver | None = open_driver(device)
         reason = ""
     except BackendError as err:
         driver, reason = None, str(err)
@@ -190,7 +190,6 @@ class TrtSession:
         for array, name in zip(results, outputs, strict=True):
             self.driver.to_host(array, asked[name].pointer, self.stream)
         self.driver.synchronize(self.stream)
-        self._keep_kernels()
         return results
 
     def described(
@@ -215,6 +214,7 @@ class TrtSession:
                 raise BackendError(f"TensorRT refuses an address for {name}: {self._logger.text()}")
         if not self._context.execute_async_v3(self.stream):
             raise BackendError(f"TensorRT could not run: {self._logger.text()}")
+        self._keep_kernels()
 
     def _check(self, library: Any, data: bytes) -> None:
         """Ask a library that can tell whether it takes a plan."""
@@ -306,6 +306,7 @@ class _Order:
             "tf32": profile.precision == "tf32",
             "targets": list(targets) if portable else [],
         }
+        self._device = None if portable else profile.device
         if not portable:
             self._targets = driver.device if driver else "this GPU"
         else:
@@ -344,7 +345,7 @@ class _Order:
             (folder / "model.onnx").write_bytes(self._graph)
             (folder / "options.json").write_text(json.dumps(self._options))
             start = time.monotonic()
-            answer = _in_child(folder, self._provider)
+            answer = _in_child(folder, self._provider, self._device)
             data = (folder / "plan").read_bytes()
         about = {
             **answer,
@@ -390,13 +391,16 @@ def _graph(model: bytes, profile: Profile) -> onnx.ModelProto:
     return proto
 
 
-def _in_child(folder: Path, provider: str) -> dict[str, Any]:
-    """Build in a process that the builder may end.
+def _in_child(folder: Path, provider: str, device: int | None) -> dict[str, Any]:
+    """Build in a process that the builder may end, and that sees no GPU but the one it builds for.
 
     Raises:
         BackendError: it was refused, or the process died.
     """
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
+    if device is not None:
+        seen = environment.get("CUDA_VISIBLE_DEVICES", "").split(",")
+        environment["CUDA_VISIBLE_DEVICES"] = seen[device] if device < len(seen) and seen[device] else str(device)
     command = [sys.executable, "-m", f"{__package__}.trt", str(folder)]
     ended = subprocess.run(command, capture_output=True, text=True, errors="replace", env=environment, cwd=folder)
     try:

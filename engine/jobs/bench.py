@@ -23,7 +23,7 @@ from ..backends import Profile, Session, open_session, usable_cores
 from ..explainer import Engine, Stages
 from ..opening import Loaded, blank_batch, load
 from ..passes import open_passes
-from ..trial import try_model
+from ..trial import batch_seconds, try_model
 from ..types import Item, Target
 from .child import settle, shielded
 from .sources import list_source
@@ -43,6 +43,7 @@ def bench(
     backend: str = "auto",
     provider: str | None = None,
     precision: str = "auto",
+    device: int | None = None,
     layer: str | None = None,
     preprocess: str | None = None,
     labels: Path | None = None,
@@ -64,7 +65,7 @@ def bench(
     """
     loaded = load(model, [method], layer=layer, preprocess=preprocess, labels=labels, output=output, scores=scores)
     rows = 1 + loaded.calls[0].method.passes(loaded.facts, loaded.calls[0].parameters)
-    trial, session = try_model(loaded, backend, provider, precision, batch_size, rows * limit)
+    trial, session = try_model(loaded, backend, provider, precision, batch_size, rows * limit, None, device)
     size = trial.batch_size
     targets = [Target("predicted")]
     passes = open_passes(loaded, session, targets, size)
@@ -80,7 +81,7 @@ def bench(
     bare_peak = _bare_peak(Path(model), session, feed, loaded.scores)
     forget_peak()
     for _ in range(rounds):
-        bare.append(_bare(session, feed, loaded.scores, size))
+        bare.append(_bare(loaded, session, size))
         engine = Engine(loaded, session, targets, size, passes=passes)
         start = time.perf_counter()
         explained = sum(1 for _ in engine.stream(_items(loaded, inputs, limit)))
@@ -118,13 +119,11 @@ def bench(
     }
 
 
-def _bare(session: Any, feed: dict[str, Any], output: str, size: int) -> float:
+def _bare(loaded: Loaded, session: Session, size: int) -> float:
     """Rows per second of full batches of ready-made inputs."""
     times: list[float] = []
     while sum(times) < BARE_SECONDS or len(times) < 3:
-        start = time.perf_counter()
-        session.run(feed, [output])
-        times.append(time.perf_counter() - start)
+        times.append(batch_seconds(loaded, session, size))
     return size / statistics.median(times)
 
 

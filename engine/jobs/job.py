@@ -22,6 +22,7 @@ from typing import Any
 import pyarrow.parquet as pq
 
 from ... import BackendError, HeatmillError, IncompleteError, InputError, ModelError, RunError
+from ..backends import usable_cores
 from ..opening import Loaded
 from ..trial import Trial
 from ..types import Target, class_index
@@ -147,7 +148,7 @@ def probe_job(
         rows=(1 + passes) * source.table.num_rows,
         targets=targets,
         deadline=deadline or DEADLINE,
-        device=job.devices[0] if job.devices else None,
+        devices=job.devices,
     )
     _check_classes(source, targets, loaded.spec.label_names, probed.classes)
     return probed
@@ -271,44 +272,52 @@ class Supervisor:
             KeyboardInterrupt: stopped by a signal.
         """
         left = list(todo)
+        failure: HeatmillError | None = None
         self._signals.busy = True
         try:
             while left or self._lives:
-                if self._signals.number is None:
+                if self._signals.number is None and failure is None:
                     self._start(left)
                 elif not self._lives:
                     break
                 wait([end for life in self._lives.values() for end in (life.connection, life.process.sentinel)], 0.2)
                 for device, life in list(self._lives.items()):
-                    if self._over(life, left):
+                    try:
+                        over = self._over(life, left)
+                    except HeatmillError as err:  # the others end with what they have in hand
+                        failure, over = failure or err, True
+                    if over:
                         del self._lives[device]
                         life.end()
                         done = store.committed(self.job.out)  # a worker may die between a commit and its message
                         left = [shard for shard in left if shard not in done]
+                    elif failure is not None:
+                        life.marks.stop()
         finally:
             for life in self._lives.values():
                 life.end()
             self._lives.clear()
         self._signals.busy = False
+        if failure is not None:
+            raise failure
         if left:
             raise KeyboardInterrupt
 
     def _start(self, left: Sequence[int]) -> None:
-        """Give what nobody has to the devices that have nothing; each gets every so manieth shard."""
+        """Give what nobody has to the devices that have nothing; several get a part, and come back for more."""
         held = {shard for life in self._lives.values() for shard in life.order.todo}
         free = [shard for shard in left if shard not in held]
-        idle = [device for device in self.job.devices or (0,) if device not in self._lives]
+        devices = self.job.devices or (0,)
         crashed = frozenset(row for row, kills in self._kills.items() if kills >= KILLS_TO_BLAME)
-        for device in idle:
+        threads = self.job.workers or max(1, usable_cores() // len(devices))
+        for device in devices:
+            if device in self._lives or not free:
+                continue
             careful = [shard for shard in free if shard in self._careful]
-            others = [shard for shard in free if shard not in self._careful]
-            shards = careful or others[:: len(idle) - idle.index(device)]
-            if not shards:
-                return
+            part = len(free) if len(devices) == 1 else -(-len(free) // (2 * len(devices)))
+            shards = careful or free[:part]
             free = [shard for shard in free if shard not in shards]
-            order = worker.Order(
-                self.job.out, self.job.model, tuple(shards), crashed, bool(careful), self.job.workers, device
-            )
+            order = worker.Order(self.job.out, self.job.model, tuple(shards), crashed, bool(careful), threads, device)
             self._lives[device] = _Life(self._context, order)
 
     def _over(self, life: _Life, left: list[int]) -> bool:
@@ -385,7 +394,8 @@ class Supervisor:
                 "the same command resumes (a smaller --batch-size needs less memory)"
             )
         told = f"row {suspects[0]}" if len(suspects) == 1 else f"{len(suspects)} images in flight"
-        self.progress.note(f"the worker died ({describe_exit(code)}, {told}); starting another")
+        where = f" of device {life.order.device}" if len(self.job.devices) > 1 else ""
+        self.progress.note(f"the worker{where} died ({describe_exit(code)}, {told}); starting another")
         self._careful -= set(life.order.todo)
         self._careful |= {row // self.plan.shard_rows for row in suspects}
 

@@ -16,7 +16,7 @@ from typing import Any
 import psutil
 
 from ... import HeatmillError, ModelError
-from ..backends import first_line, survey
+from ..backends import first_line, open_driver, survey
 from ..opening import Loaded, blank_batch, load
 from ..passes import open_passes, row_seconds
 from ..trial import Trial, ran_out_of_memory, try_model
@@ -39,7 +39,7 @@ def probe(
     targets: tuple[Target, ...] = (Target("predicted"),),
     deadline: float = DEADLINE,
     memory: int | None = None,
-    device: int | None = None,
+    devices: tuple[int, ...] = (),
 ) -> Trial:
     """Load and run a model in a child process.
 
@@ -49,7 +49,7 @@ def probe(
         targets: the run's, which backward graphs are made for.
         deadline: seconds until the child is killed.
         memory: bytes the child may map on top of what it starts with; None is what the machine has.
-        device: number of the GPU that is tried.
+        devices: numbers of the GPUs; the model is tried on the first, the others must be there.
 
     Raises:
         HeatmillError: what the child was refused; ModelError where it was killed or ran out of memory or time.
@@ -57,7 +57,8 @@ def probe(
     context = multiprocessing.get_context("spawn")
     ours, theirs = context.Pipe(duplex=False)
     limit = memory or psutil.virtual_memory().total
-    options = (dict(arguments), targets, backend, provider, precision, batch_size, rows, None, device)
+    how = (backend, provider, precision, batch_size, rows, None, devices[0] if devices else None)
+    options = (dict(arguments), targets, how, devices[1:])
     child = context.Process(target=_child, args=(theirs, limit, options), daemon=True)
     with shielded():
         child.start()
@@ -90,8 +91,10 @@ def _child(answers: Connection, memory: int, options: tuple[Any, ...]) -> None:
     try:
         if not any(offer.on_device and offer.precisions for offer in survey()):
             _limit_memory(memory)  # not beside a GPU: its driver maps more addresses than there is memory
-        arguments, targets, *how = options
+        arguments, targets, how, others = options
         answer = _tried(load(**arguments), targets, how)
+        for device in others:
+            open_driver(device)
     except HeatmillError as err:
         answer = err
     except Exception as err:

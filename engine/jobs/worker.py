@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from ... import BackendError, HeatmillError, IncompleteError
+from ...kernels.device import OutOfMemory
 from ...models.preprocess import ImageRefused, decode, normalise, view
 from ...models.spec import ModelSpec
 from ...models.superpixels import Segmentation, cut
@@ -291,6 +292,8 @@ def _answer(order: Order, conn: Connection, marks: Marks) -> tuple[Any, ...]:
         return ("done", _work(order, conn, marks))
     except _Drained:
         return ("stopped",)
+    except OutOfMemory as err:
+        return ("refused", "IncompleteError", f"{order.run}: {err}")
     except HeatmillError as err:
         return ("refused", type(err).__name__, str(err))
     except BrokenPipeError:

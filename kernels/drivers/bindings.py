@@ -73,6 +73,10 @@ class BindingsDriver:
         self._enter()
         _done(cuda.cuStreamSynchronize(stream))
 
+    def finish(self) -> None:
+        self._enter()
+        _done(cuda.cuCtxSynchronize())
+
     def to_device(self, pointer: int, array: Array, stream: int) -> None:
         self._enter()
         _done(cuda.cuMemcpyHtoDAsync(pointer, array.ctypes.data, array.nbytes, stream))

@@ -65,6 +65,9 @@ class PycudaDriver:
     def synchronize(self, stream: int) -> None:
         self._streams[stream].synchronize()
 
+    def finish(self) -> None:
+        cuda.Context.synchronize()
+
     def to_device(self, pointer: int, array: Array, stream: int) -> None:
         cuda.memcpy_htod_async(pointer, array, self._streams[stream])
 

@@ -138,8 +138,7 @@ class EmulatedDriver:
 
     def free(self, pointer: int) -> None:
         with self._lock:
-            for stream in [number for number, held in self._objects.items() if isinstance(held, _Stream)]:
-                self.synchronize(stream)
+            self.finish()
             if pointer not in self._memory:
                 raise ValueError(f"{pointer:#x} is no allocation")
             self._check_guards("what ran before")
@@ -155,6 +154,11 @@ class EmulatedDriver:
     def synchronize(self, stream: int) -> None:
         with self._lock:
             self._run(stream, self._stream(stream).queued)
+
+    def finish(self) -> None:
+        with self._lock:
+            for stream in [number for number, held in self._objects.items() if isinstance(held, _Stream)]:
+                self.synchronize(stream)
 
     def to_device(self, pointer: int, array: Array, stream: int) -> None:
         copy = np.ascontiguousarray(array).copy()

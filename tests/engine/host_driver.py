@@ -36,6 +36,9 @@ class HostDriver:
     def synchronize(self, stream: int) -> None:
         self.synchronized.append(stream)
 
+    def finish(self) -> None:
+        self.synchronized.append(0)
+
     def to_device(self, pointer: int, array: np.ndarray, stream: int) -> None:
         assert array.flags.c_contiguous
         ctypes.memmove(pointer, array.ctypes.data, array.nbytes)

@@ -81,7 +81,7 @@ def test_auto_measures_between_providers_of_one_precision(monkeypatch):
         Offer("onnxruntime", "cpu", "1", ("fp32", "int8"), ""),
         Offer("onnxruntime", "openvino", "1", ("fp32", "bf16", "int8"), ""),
     ]
-    monkeypatch.setattr(ort, "survey", lambda: offers)
+    monkeypatch.setattr(ort, "survey", lambda device: offers)
     pick = backends.choose
     assert [fit[1] for fit in pick("auto", None, "auto", own="fp32")] == ["cpu", "openvino"]
     assert pick("auto", None, "bf16", own="fp32") == [("onnxruntime", "openvino", "bf16")]

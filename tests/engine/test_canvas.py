@@ -92,6 +92,28 @@ def same(found: Sequence[Explanation], wanted: Sequence[Explanation], atol: floa
             np.testing.assert_allclose(one.map, other.map, atol=atol * max(1, np.abs(other.map).max()))
 
 
+def test_masks_that_two_methods_share_are_summed_for_each(make_model, emulated_driver):
+    """The bank of a sum was never painted: what is painted is both methods' together."""
+    path, images = make_model(), pictures(4, SIZE)
+    methods = ["rise:masks=60", "rise:masks=90", "rise:masks=60,p=0.3"]
+    wanted, _ = explained(path, methods, images, 8, None)
+    found, engine = explained(path, methods, images, 8, emulated_driver)
+    same(found, wanted)
+    assert engine.stages.rows < 4 * (1 + 90 + 60) + 8
+
+
+def test_a_canvas_of_the_same_session_makes_nothing_anew(make_model, emulated_driver):
+    path, images = make_model(), pictures(2, SIZE)
+    loaded = load(path, ["rise:masks=20"])
+    session = on_emulator(loaded.serialized(True), Profile(8), emulated_driver)
+    made = []
+    for _ in range(3):
+        engine = Engine(loaded, session, TARGETS, 8)
+        list(engine.stream(Item(i, image) for i, image in enumerate(images)))
+        made.append(len(emulated_driver._objects))
+    assert made[0] == made[1] == made[2]
+
+
 @pytest.mark.parametrize("method", CASES)
 def test_maps_on_the_device_are_those_of_the_host(make_model, method, emulated_driver):
     path, images = make_model(**({} if method == "cam" else {"head": "Dense"})), pictures(3, SIZE)
@@ -202,6 +224,15 @@ def test_an_image_that_half_precision_loses_is_done_again_in_full(make_model, em
         notes = {e.key: e.extras.get("note", "") for e in found}
         assert notes[1] == f"fp16 gave a value that is not finite; done again in {full}"
         assert {notes[0], notes[2]} == {""}
+
+    def no_room():
+        raise BackendError("out of memory")
+
+    engine = Engine(loaded, session, TARGETS, 8, seed=2, spare=no_room)
+    found = list(engine.stream(Item(i, image) for i, image in enumerate(images)))
+    assert {e.key: e.status for e in found} == {0: "ok", 1: "nonfinite", 2: "ok"}
+    told = {e.extras.get("note") for e in found if e.key == 1}
+    assert told == {"fp16 gave a value that is not finite, nor could it be done again in fp32"}
     lost = list(Engine(loaded, session, TARGETS, 8, seed=2).stream([Item(1, images[1])]))
     assert {e.status for e in lost} == {"nonfinite"}
     plain = open_best(loaded, batch_size=8)
@@ -235,11 +266,11 @@ def test_a_trial_on_a_gpu_times_what_is_there_already_and_sizes_batches_by_memor
     loaded = load(make_model(), ["rise:masks=5"])
     session = on_emulator(loaded.serialized(True), Profile(4, "fp16"), emulated_driver)
     before = emulated_driver.memory()[0]
-    assert 0 < trial._seconds(loaded, session, 4) < 60
+    assert 0 < trial.batch_seconds(loaded, session, 4) < 60
     assert emulated_driver.memory()[0] == before
     assert trial._sizes(session) == list(trial.DEVICE_SIZES)
     session.memory_per_row = before // 300
-    assert trial._sizes(session) == [32, 64, 128]
+    assert trial._sizes(session) == [32, 64]
     session.memory_per_row = before
     assert trial._sizes(session) == trial.DEVICE_SIZES[:1]
     assert trial._sizes(open_best(loaded)) == trial.TRIAL_SIZES

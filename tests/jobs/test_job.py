@@ -294,8 +294,10 @@ def test_a_worker_on_each_device_fills_one_store(whole, model, photos, tmp_path,
     monkeypatch.setattr(jobs, "_Life", Noted)
     out = tmp_path / "run"
     summary = explained(model, photos, out, methods=METHODS, targets=TARGETS, devices=(0, 3))
-    assert [(order.device, order.todo) for order in opened] == [(0, (0, 2, 4)), (3, (1, 3, 5))]
-    assert (len(happened(out, "ready")), len(happened(out, "done")), summary.deaths) == (2, 2, 0)
+    assert [(order.device, order.todo) for order in opened[:2]] == [(0, (0, 1)), (3, (2,))], "a part each"
+    assert sorted(shard for order in opened for shard in order.todo) == list(range(6)), "each shard once"
+    assert len(happened(out, "ready")) == len(happened(out, "done")) == len(opened) > 2
+    assert summary.deaths == 0
     assert_same(content(out), content(whole[0]), tolerance=1e-5)
     assert store.verify(out)["rows"] == summary.rows == 12 * len(METHODS) * 5
     assert (
@@ -802,17 +804,20 @@ def test_a_worker_killed_between_a_commit_and_its_message(model, photos, tmp_pat
     assert_same(without_paths(content(out)), calm)
 
 
-def test_a_device_lost_in_the_middle_leaves_a_run_that_resumes(model, photos, tmp_path, quick, monkeypatch, calm):
+@pytest.mark.parametrize(("devices", "runs"), [((), 2), ((0, 1), 1)])
+def test_a_device_lost_in_the_middle_leaves_a_run_that_resumes(
+    model, photos, tmp_path, quick, monkeypatch, calm, devices, runs
+):
     monkeypatch.setattr(plans, "MAX_SHARD_ROWS", 2)
     (tmp_path / "site").mkdir()
-    (tmp_path / "site" / "sitecustomize.py").write_text(LOST)
+    (tmp_path / "site" / "sitecustomize.py").write_text(LOST.replace("[2]", f"[{runs}]"))
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("PYTHONPATH", str(tmp_path / "site"))
         with pytest.raises(IncompleteError, match="the GPU's driver failed: 719; the same command resumes") as lost:
-            explained(model, photos, tmp_path / "run")
+            explained(model, photos, tmp_path / "run", devices=devices)
     assert exit_code(lost) == 4
     done = store.verify(tmp_path / "run")["committed"]
-    assert 0 < done < 6
+    assert done == (4 if runs == 2 else 0)
     summary = explained(model, photos, tmp_path / "run")
     assert (summary.exit_code, summary.computed) == (0, 6 - done)
     assert_same(without_paths(content(tmp_path / "run")), calm)

@@ -57,18 +57,30 @@ def test_memory_is_shared_and_values_are_read(kind, array):
     found = as_device_array(given, driver)
     assert (found.shape, found.dtype) == (array.shape, array.dtype)
     assert found.pointer == array.ctypes.data or array.size == 0
-    np.testing.assert_array_equal(to_host(given, driver), array)
+    np.testing.assert_array_equal(to_host(given, driver, 77), array)
 
 
-def test_what_is_still_written_is_waited_for():
-    driver, array = HostDriver(), np.zeros(3, np.float32)
-    as_device_array(ByInterface(array, stream=7), driver)
-    assert driver.synchronized == [7]
-    as_device_array(ByInterface(array), driver)
-    assert driver.synchronized == [7], "nothing to wait for"
-    given = ByDlpack(array)
+@pytest.mark.parametrize("kind", [ByInterface, ByDlpack])
+def test_what_is_still_written_is_waited_for(kind):
+    driver, given = HostDriver(), kind(np.zeros(3, np.float32))
     as_device_array(given, driver)
-    assert (given.streams, driver.synchronized) == ([1], [7, 1])
+    assert driver.synchronized == [0], "all of the device"
+    if kind is ByDlpack:
+        assert given.streams == [-1], "nothing more is asked of the array's library"
+
+
+def test_arrays_elsewhere_and_those_that_are_not_handed_out():
+    driver, given = HostDriver(), ByDlpack(np.zeros(3, np.float32))
+    driver.index = 1
+    with pytest.raises(ValueError, match="an array on GPU 0, and heatmill works on GPU 1"):
+        as_device_array(given, driver)
+
+    def refuse(stream=None):
+        raise BufferError("it is part of a gradient")
+
+    given.__dlpack__ = refuse
+    with pytest.raises(ValueError, match="a ByDlpack that its library does not hand out: it is part of a gradient"):
+        as_device_array(given, HostDriver())
 
 
 @pytest.mark.parametrize("kind", [ByInterface, ByDlpack])
