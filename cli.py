@@ -453,6 +453,7 @@ def report(run: Path, limit: int, overlays: bool, as_json: bool, debug: bool) ->
 @click.option("-m", "--method", default="score-cam", show_default=True, metavar="NAME[:key=value,...]")
 @click.option("--limit", default=4, show_default=True, type=click.IntRange(1), help="Number of images.")
 @click.option("--rounds", default=3, show_default=True, type=click.IntRange(1), help="The median round is told.")
+@click.option("--device", type=click.IntRange(0), help="Number of the GPU [default: 0].")
 @model_options
 @session_options
 @common_options

@@ -5,9 +5,11 @@
 checks     the kernels against their reference, by the test suite, through each driver that is there
 kernels    times of the kernels, beside the bytes they must move at the measured speed of a copy
 networks   rows/s of the bare network, inputs on the device, for each backend, provider and precision
-methods    Score-CAM, CF-CAM and RISE: images/s, share of the time outside the network, memory held
+methods    Score-CAM, CF-CAM and RISE: images/s, share of the time outside the network (observations and ways back
+           count as outside), memory of the GPU that is in use afterwards
 peers      pytorch-grad-cam and torchcam on the same GPU: plain, and in half precision, channels last, compiled
-accuracy   maps of the other precisions beside those of fp32: rank correlation, cosine, overlap of the top 5%
+accuracy   maps of the other precisions beside those of fp32: rank correlation, cosine, overlap of the top 5%; int8 needs
+           a quantised file, and is not among them
 
 Every measurement runs in a process of its own and is written at once; started again, only what is missing is measured.
 """
@@ -154,6 +156,15 @@ def kernels(device: int) -> Report:
         for name, masks in sources.items():
             call = partial(found.blend, image, masks, blurred, "NCHW", out, stream=stream)
             note(f"blend_{name}_{dtype.name}", out.nbytes, call)
+    last = up(rng.normal(size=(SIZE, SIZE, 3)).astype(np.float32))
+    for dtype in (np.dtype(np.float16), np.dtype(np.uint8)):
+        out = found.empty((ROWS, SIZE, SIZE, 3), dtype)
+        call = partial(found.blend, last, sources["maps"], None, "NHWC", out, stream=stream)
+        note(f"blend_maps_{dtype.name} NHWC", out.nbytes, call)
+    pixels = up(rng.integers(0, 256, (SIZE, SIZE, 3), np.uint8))
+    ready = found.empty((3, SIZE, SIZE), np.float16)
+    constants = ([0.5] * 3, [0.25] * 3, "NCHW", np.float16)
+    note("normalise to float16", ready.nbytes, partial(found.normalise, pixels, *constants, ready, stream=stream))
     many = up(rng.random((2048, GRID, GRID), np.float32))
     note("extrema of 2048 maps", many.nbytes, partial(found.extrema, many, (SIZE, SIZE), stream=stream))
     note("blur 51", image.nbytes * 4, partial(found.blur, image, 51, 50.0, stream=stream))
@@ -216,10 +227,19 @@ def maps_of(loaded: Any, session: Any, images: list[Any], device: int) -> tuple[
     from heatmill.engine.passes import open_passes
     from heatmill.engine.types import Target
 
+    class Counting(Engine):
+        """Counts the batches of the network alone: a way back is another graph, with a time of its own."""
+
+        alone = 0
+
+        def _submit(self, batch: Any) -> Any:
+            self.alone += self._alone(batch)
+            return super()._submit(batch)
+
     targets = [Target("predicted")]
     passes = open_passes(loaded, session, targets, ROWS)
     list(Engine(loaded, session, targets, ROWS, passes=passes).stream(images[:1]))
-    engine = Engine(loaded, session, targets, ROWS, passes=passes)
+    engine = Counting(loaded, session, targets, ROWS, passes=passes)
     start = time.perf_counter()
     found = list(engine.stream(images))
     wall = time.perf_counter() - start
@@ -231,8 +251,8 @@ def maps_of(loaded: Any, session: Any, images: list[Any], device: int) -> tuple[
         "images_per_second": len(images) / wall,
         "rows_per_image": engine.stages.rows / len(images),
         "network_seconds_per_batch": batch,
-        "outside_network": 1 - engine.stages.batches * batch / wall,
-        "device_mb_held": (total - free) >> 20,
+        "outside_network": 1 - engine.alone * batch / wall,
+        "device_mb_used_by_all_afterwards": (total - free) >> 20,
         "stages": asdict(engine.stages),
     }
 
@@ -277,6 +297,7 @@ def peer(model: Path, layer: str, package: str, way: str, data: Path, count: int
     from heatmill.engine.opening import load
 
     torch.cuda.set_device(device)
+    torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = way != "plain"
     network = torch_model(model).cuda()
     tapped = network.get_submodule(layer_name(layer))
     if way != "plain":
