@@ -435,6 +435,52 @@ def report(run: Path, limit: int, overlays: bool, as_json: bool, debug: bool) ->
 
 
 @main.command()
+@click.argument("run_a", type=click.Path(path_type=Path))
+@click.argument("run_b", type=click.Path(path_type=Path))
+@click.option(
+    "-o", "--out", type=click.Path(path_type=Path), help="Folder of the page [default: RUN_A/report/compare/NAME OF B]."
+)
+@click.option("--method-a", metavar="NAME", help="Only this method of RUN_A [default: all that both runs have].")
+@click.option("--method-b", metavar="NAME", help="Only this method of RUN_B; with one of each, names need not agree.")
+@click.option(
+    "--top",
+    default=15.0,
+    show_default=True,
+    type=click.FloatRange(0, 100, min_open=True),
+    help="Percentage of the highest places whose overlap is told.",
+)
+@click.option(
+    "--by",
+    type=click.Choice(["spearman", "cosine", "overlap"]),
+    default="spearman",
+    show_default=True,
+    help="What the worst pairs are chosen by.",
+)
+@click.option("--worst", default=24, show_default=True, type=click.IntRange(0, 1000), help="Pairs shown on the page.")
+@common_options
+def compare(run_a: Path, run_b: Path, out: Path | None, top: float, as_json: bool, debug: bool, **options: Any) -> None:
+    """Say how alike the maps of two runs are, and how often their predictions differ: the precision audit.
+
+    Images are matched by id, rows by method and target. OUT gets a page with the worst pairs, every pair as Parquet,
+    and a summary.
+
+    \b
+    Example: heatmill compare run run-fp16
+             heatmill compare run run --method-a cam --method-b rise
+    """
+    from .engine.jobs.compare import compare as measure
+    from .engine.jobs.compare import compare_text
+    from .engine.jobs.compare_page import write_page
+    from .engine.jobs.store import open_run
+
+    first, second = open_run(run_a), open_run(run_b)
+    found = measure(first, second, out, top=top / 100, **options)
+    page = write_page(first, second, found)
+    told = {**found.told, "page": str(page)}
+    click.echo(json.dumps(told) if as_json else f"{compare_text(told)}\n{page}")
+
+
+@main.command()
 @click.argument("model", type=click.Path(path_type=Path))
 @click.argument("inputs", nargs=-1, type=click.Path(path_type=Path))
 @click.option("-m", "--method", default="score-cam", show_default=True, metavar="NAME[:key=value,...]")
