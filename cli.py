@@ -481,6 +481,60 @@ def compare(run_a: Path, run_b: Path, out: Path | None, top: float, as_json: boo
 
 
 @main.command()
+@click.argument("run", type=click.Path(path_type=Path))
+@click.option(
+    "--as",
+    "kind",
+    required=True,
+    type=click.Choice(["crops", "erased", "npy", "png", "hdf5-virelay", "fiftyone"]),
+    help="New images for training (crops, erased), or maps for other tools.",
+)
+@click.option("-o", "--out", required=True, type=click.Path(path_type=Path), help="A new folder.")
+@click.option("-m", "--method", metavar="NAME", help="Only the maps of this method [default: all].")
+@click.option("--limit", type=click.IntRange(1), help="Only the first N rows of the run.")
+@click.option(
+    "--threshold",
+    type=click.FloatRange(0, 1, min_open=True),
+    help="Of crops, erased: the region is where the map is at least this share of its greatest value [default: 0.5].",
+)
+@click.option(
+    "--padding",
+    type=click.FloatRange(0),
+    help="Of crops: added on each side, as a share of the region's side [default: 0.1].",
+)
+@click.option(
+    "--fill",
+    type=click.Choice(["mean", "black", "blur"]),
+    help="Of erased: the model's mean colour, black, or the photograph blurred [default: mean].",
+)
+@click.option("--format", type=click.Choice(["jpeg", "png"]), help="Of crops, erased [default: jpeg, quality 95].")
+@click.option(
+    "--size",
+    type=click.Choice(["native", "input", "image"]),
+    help="Of npy: native, as stored, or input, the network's; of png: image, the photograph's, or input "
+    "[default: the first].",
+)
+@common_options
+def export(run: Path, kind: str, out: Path, as_json: bool, debug: bool, **options: Any) -> None:
+    """Write a run's maps for other tools, or photographs cut to or without their salient region for training.
+
+    OUT appears when it is complete, with a manifest.
+
+    \b
+    Example: heatmill export run --as crops -o crops
+             heatmill export run --as erased -o erased --fill blur
+             heatmill export run --as npy -o arrays
+    """
+    from .engine.jobs.exports import export as write
+    from .engine.jobs.exports import export_text
+    from .engine.jobs.exports.base import Options
+    from .engine.jobs.store import open_run
+
+    found = write(open_run(run), kind, out, Options(**options))
+    click.echo(json.dumps(found) if as_json else export_text(found), nl=as_json)
+
+
+@main.command()
 @click.argument("model", type=click.Path(path_type=Path))
 @click.argument("inputs", nargs=-1, type=click.Path(path_type=Path))
 @click.option("-m", "--method", default="score-cam", show_default=True, metavar="NAME[:key=value,...]")

@@ -22,7 +22,6 @@ import pyarrow.parquet as pq
 from ... import InputError, RunError
 from ...kernels.finish import flat
 from ...kernels.similarity import cosine, spearman, top_overlap
-from ..methods import plain
 from .report import placed, relative_box, replacing, safe_name
 from .store import Row, Run
 
@@ -244,13 +243,10 @@ class _Classes:
 
 
 def _calls(run: Run, wanted: str | None, flag: str) -> list[str]:
-    calls = [method["call"] for method in run.settings["methods"]]
-    if wanted is None:
-        return calls
-    kept = [call for call in calls if plain(wanted) in (plain(call), plain(call.partition(":")[0]))]
-    if not kept:
-        raise InputError(f"{flag} {wanted!r}: {run.path} has {', '.join(calls)}")
-    return kept
+    calls = run.calls(wanted)
+    if not calls:
+        raise InputError(f"{flag} {wanted!r}: {run.path} has {', '.join(run.calls())}")
+    return calls
 
 
 def _targets(run: Run) -> int:
@@ -376,7 +372,7 @@ def common_maps(first: Row, second: Row) -> tuple[Array, Array] | None:
 
     None where there is no such part.
     """
-    maps = _map(first), _map(second)
+    maps = np.asarray(first.map), np.asarray(second.map)
     boxes = np.array([relative_box(first), relative_box(second)])
     sides = boxes[:, 2:] - boxes[:, :2]
     if np.abs(boxes[0] - boxes[1]).max() <= SAME_VIEW * sides.min():
@@ -394,12 +390,6 @@ def common_maps(first: Row, second: Row) -> tuple[Array, Array] | None:
         for values, box in zip(maps, boxes, strict=True)
     )
     return a, b
-
-
-def _map(row: Row) -> Array:
-    if row.map is None:
-        raise ValueError(f"row {row.id!r} has no map: its status is {row.status}")
-    return row.map
 
 
 def differences(first: Mapping[str, Any], second: Mapping[str, Any]) -> list[tuple[str, str, str]]:

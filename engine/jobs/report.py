@@ -171,7 +171,7 @@ def overlay_name(row: Row, suffix: str = ".png") -> str:
     """
     identity = "/".join(safe_name(part) for part in row.id.split("/")[-16:])
     method = row.method.replace(":", ",", 1)
-    parts = [_marked(identity, row.id), _marked(safe_name(method, 50), method), safe_name(row.target_source)]
+    parts = [marked(identity, row.id), marked(safe_name(method, 50), method), safe_name(row.target_source)]
     label = f"-{safe_name(row.label_name, 40)}" if row.label_name else ""
     return "--".join([*parts, f"{row.target}{label}{suffix}"])
 
@@ -181,7 +181,7 @@ def safe_name(text: str, most: int = 80) -> str:
     return _UNSAFE.sub("_", text).encode()[:most].decode(errors="ignore") or "_"
 
 
-def _marked(safe: str, text: str) -> str:
+def marked(safe: str, text: str) -> str:
     """A safe name, with a hash of what it stands for if it is not that itself; `~` is in no safe name."""
     return safe if safe == text else f"{safe}~{hashlib.sha256(text.encode()).hexdigest()[:16]}"
 
