@@ -489,9 +489,8 @@ def compare_text(found: Mapping[str, Any]) -> str:
                     f"  {measure_name(name, found['top']):<18}"
                     + "".join(f"{value:>9.4f}" for value in group[name].values())
                 )
-        if group["score_difference"]:
-            moved = group["score_difference"]
-            lines.append(f"  score moved by {moved['mean']:.2e} on average, by {moved['greatest']:.2e} at most")
+        if moved := score_text(group):
+            lines.append(f"  {moved}")
     for side, alone in found["unmatched"].items():
         lines += [f"only in {side.upper()}: {number} rows of {what}" for what, number in alone.items()]
     return "\n".join(lines) + "\n"
@@ -501,6 +500,16 @@ def pair_name(group: Mapping[str, Any]) -> str:
     """What two runs' rows are, in words."""
     parts = [(group["method_a"], group["method_b"]), (group["target_a"], group["target_b"])]
     return ", ".join(a if a == b else f"{a} with {b}" for a, b in parts)
+
+
+def score_text(group: Mapping[str, Any]) -> str:
+    """How far the targets' scores moved, in words; empty where nothing was compared."""
+    moved = group["score_difference"]
+    if not moved:
+        return ""
+    if not moved["greatest"]:
+        return "the scores are the same"
+    return f"the score moved by {moved['mean']:.2e} on average, by {moved['greatest']:.2e} at most"
 
 
 def measure_name(name: str, top: float) -> str:

@@ -15,7 +15,7 @@ import numpy.typing as npt
 from PIL import Image
 
 from ...models.preprocess import ImageRefused
-from .compare import MEASURES, Comparison, measure_name, pair_name
+from .compare import MEASURES, Comparison, measure_name, pair_name, score_text
 from .report import THUMBNAIL_SIDE, Photographs, overlay, relative_box, replacing, template
 from .store import Row, Run
 
@@ -80,22 +80,7 @@ def _figures(told: dict[str, Any], flips: Sequence[tuple[Row, Row]], names: Sequ
         parts += ["<h2>What differs between the runs</h2>", _table(["", "A", "B"], told["differences"])]
     else:
         parts.append('<p class="note">The runs have the same settings.</p>')
-    for group in told["groups"]:
-        parts.append(f"<h2>{_text(pair_name(group))}: {group['compared']:,} of {group['pairs']:,} pairs</h2>")
-        if group["compared"]:
-            lines = [
-                [measure_name(name, told["top"]), *(f"{value:.4f}" for value in group[name].values())]
-                for name in MEASURES
-            ]
-            parts.append(_table(["", "Mean", "Median", "5%", "Least"], lines))
-        if group["score_difference"]:
-            moved = group["score_difference"]
-            parts.append(
-                f"<p class=note>The score moved by {moved['mean']:.2e} on average, "
-                f"by {moved['greatest']:.2e} at most.</p>"
-            )
-        for reason, number in group["excluded"].items():
-            parts.append(f'<p class="note strong">Not counted: {number:,} {_text(reason)}</p>')
+    parts += ["<div class=groups>", *(_group(group, told["top"]) for group in told["groups"]), "</div>"]
     alone = [
         (side.upper(), what, f"{number:,}")
         for side, found in told["unmatched"].items()
@@ -108,6 +93,19 @@ def _figures(told: dict[str, Any], flips: Sequence[tuple[Row, Row]], names: Sequ
         lines = [[rows[0].id, *map(_prediction, rows, names)] for rows in flips]
         parts += [f"<h2>Flipped predictions{shown}, the surest first</h2>", _table(["Image", "A", "B"], lines)]
     return "\n".join(parts) + "\n"
+
+
+def _group(group: dict[str, Any], top: float) -> str:
+    """The figures of one method and target."""
+    parts = [f"<h2>{_text(pair_name(group))}: {group['compared']:,} of {group['pairs']:,} pairs</h2>"]
+    if group["compared"]:
+        lines = [[measure_name(name, top), *(f"{value:.4f}" for value in group[name].values())] for name in MEASURES]
+        parts.append(_table(["", "Mean", "Median", "5%", "Least"], lines))
+    if moved := score_text(group):
+        parts.append(f"<p class=note>{moved[0].upper()}{moved[1:]}.</p>")
+    for reason, number in group["excluded"].items():
+        parts.append(f'<p class="note strong">Not counted: {number:,} {_text(reason)}</p>')
+    return f"<section>{''.join(parts)}</section>"
 
 
 def _prediction(row: Row, names: Sequence[str]) -> str:

@@ -370,6 +370,7 @@ def test_the_page_shows_both_maps_over_the_photograph_and_nothing_escapes(runs):
             "li",
             "b",
             "div",
+            "section",
             "table",
             "thead",
             "tbody",

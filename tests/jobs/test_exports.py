@@ -19,7 +19,7 @@ from heatmill.engine.jobs.exports.base import Options, in_threads
 from heatmill.engine.jobs.sources import list_source
 from heatmill.models.preprocess import view
 from heatmill.models.spec import ModelSpec
-from tests.jobs.test_report import HOSTILE, RAW, Builder
+from tests.jobs.test_report import HOSTILE, RAW, Builder, picture
 
 VIEW = (10.0, 0.0, 50.0, 40.0)
 
@@ -230,6 +230,14 @@ def test_what_can_not_be_cut_is_counted_by_its_reason(builder, out, kind):
     }  # fmt: skip
     assert [line["source_id"] for line in lines_of(out)] == ["good"]
     assert "  not written: 2 photograph changed\n" in exports.export_text(found)
+
+
+def test_a_picture_that_jpeg_can_not_hold(builder, out):
+    run = builder.image("a", picture(builder.folder / "long.png", (66000, 2)))
+    builder.add(np.array([[0, 0], [1, 1]]), width=66000, height=2, crop_box=(0, 0, 66000, 2))
+    with pytest.raises(InputError, match="1 longer than the 65500 pixels of a JPEG"):
+        export(run.open(), "crops", out, Options())
+    assert export(run.open(), "crops", out, Options(format="png"))["written"] == 1
 
 
 def test_hostile_names_stay_in_the_folder_and_come_back(builder, out):

@@ -29,6 +29,7 @@ FORMATS: dict[str, tuple[str, dict[str, Any]]] = {
     "jpeg": (".jpg", {"quality": 95, "subsampling": 0}),
     "png": (".png", {"compress_level": 4}),
 }
+JPEG_SIDE = 65500
 BLUR = 0.05
 STRIP = 256
 
@@ -150,6 +151,9 @@ def _write(
                 made.append(found)
                 continue
             picture, facts = found
+            if suffix == ".jpg" and max(picture.size) > JPEG_SIDE:
+                made.append(f"longer than the {JPEG_SIDE} pixels of a JPEG")
+                continue
             name = f"images/{overlay_name(row, suffix)}"
             path = folder / name
             path.parent.mkdir(parents=True, exist_ok=True)
