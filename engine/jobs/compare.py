@@ -30,7 +30,7 @@ Key = tuple[str | int | None, ...]
 
 MEASURES = ("spearman", "cosine", "overlap")
 TOP = 0.15
-WORST = 24
+WORST, WORST_TOLD = 24, 5
 SAME_VIEW = 0.01  # boxes that differ by less than this share of the view are one: a network's rounding of its crop
 PAIRS_HELD, VALUES_HELD = 1024, 1 << 21
 
@@ -443,9 +443,9 @@ def _spread(values: Array) -> dict[str, float] | None:
 
 
 def _told_pair(pair: Pair) -> dict[str, Any]:
-    names = ("id", "method_a", "method_b", "target_source_a", "target_source_b", "target_a", *MEASURES)
     record = pair.record()
-    return {name: record[name] for name in names}
+    told = {"target_a": record["target_source_a"], "target_b": record["target_source_b"], "class": record["target_a"]}
+    return {**{name: record[name] for name in ("id", "method_a", "method_b", *MEASURES)}, **told}
 
 
 def _number(value: float) -> float | None:
@@ -491,6 +491,10 @@ def compare_text(found: Mapping[str, Any]) -> str:
                 )
         if moved := score_text(group):
             lines.append(f"  {moved}")
+    if found["worst"]:
+        lines += ["", f"lowest {measure_name(found['worst_by'], found['top'])}:"]
+        for pair in found["worst"][:WORST_TOLD]:
+            lines.append(f"  {pair[found['worst_by']]:.4f} {pair['id']} ({pair_name(pair)})")
     for side, alone in found["unmatched"].items():
         lines += [f"only in {side.upper()}: {number} rows of {what}" for what, number in alone.items()]
     return "\n".join(lines) + "\n"

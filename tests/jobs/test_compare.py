@@ -215,6 +215,10 @@ def test_the_worst_pairs_are_kept_from_the_worst_on(runs):
         values = {pair["id"]: pair[by] for pair in pairs_of(found)}
         assert [pair.first.id for pair in found.worst] == sorted(values, key=lambda name: (values[name], name))[:3]
         assert [pair["id"] for pair in found.told["worst"]] == [pair.first.id for pair in found.worst]
+    text = compare_text(compared(runs, worst=7).told)
+    lowest = sorted((pair["spearman"], pair["id"]) for pair in pairs_of(found))[0]
+    assert f"lowest rank correlation:\n  {lowest[0]:.4f} {lowest[1]} (cam, predicted)\n" in text
+    assert text.count("(cam, predicted)") == 5
     assert compared(runs, worst=0).worst == []
 
 
