@@ -32,7 +32,7 @@ MEASURES = ("spearman", "cosine", "overlap")
 TOP = 0.15
 WORST, WORST_TOLD = 24, 5
 SAME_VIEW = 0.01  # boxes that differ by less than this share of the view are one: a network's rounding of its crop
-PAIRS_HELD, VALUES_HELD = 1024, 1 << 21
+PAIRS_HELD, VALUES_HELD = 1024, 1 << 19
 
 PAIRS = pa.schema(
     [
@@ -171,7 +171,7 @@ def compare(
                 if key not in keyed_a:
                     alone["b"][f"{row.method}, {_asked(row)}"] += 1
 
-    measure = MEASURES.index(by)
+    column = MEASURES.index(by)
     found = _measured(matched(), classes, top)
     beginning = next(found, None)
     if beginning is None:
@@ -188,7 +188,7 @@ def compare(
                 group.values.extend(pair.values)
                 if a.score is not None and b.score is not None:
                     group.moved.append(b.score - a.score)
-                lowest.add(pair.values[measure], pair)
+                lowest.add(pair.values[column], pair)
 
     told = {
         "run_a": str(first.path),
