@@ -481,7 +481,7 @@ def compare_text(found: Mapping[str, Any]) -> str:
         )
     for group in found["groups"]:
         lines += ["", f"{pair_name(group)}: {group['compared']} of {group['pairs']} pairs compared"]
-        lines += [f"  not counted: {number} {reason}" for reason, number in group["excluded"].items()]
+        lines += [f"  not counted: {reason} ({number})" for reason, number in group["excluded"].items()]
         if group["compared"]:
             lines.append(f"  {'':<18}{'mean':>9}{'median':>9}{'5%':>9}{'least':>9}")
             for name in MEASURES:

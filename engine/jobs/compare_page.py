@@ -104,7 +104,7 @@ def _group(group: dict[str, Any], top: float) -> str:
     if moved := score_text(group):
         parts.append(f"<p class=note>{moved[0].upper()}{moved[1:]}.</p>")
     for reason, number in group["excluded"].items():
-        parts.append(f'<p class="note strong">Not counted: {number:,} {_text(reason)}</p>')
+        parts.append(f'<p class="note strong">Not counted: {_text(reason)} ({number:,})</p>')
     return f"<section>{''.join(parts)}</section>"
 
 

@@ -122,8 +122,9 @@ def test_runs_of_one_method_and_one_target_are_matched_whatever_these_are(runs):
         "cam", "rise", "predicted", "label"
     ]  # fmt: skip
     assert (group["compared"], group["excluded"]) == (1, {"other class": 1})
-    assert "cam with rise, predicted with label: 1 of 2 pairs compared\n  not counted: 1 other class\n" in compare_text(
-        compared(runs).told
+    assert (
+        "cam with rise, predicted with label: 1 of 2 pairs compared\n  not counted: other class (1)\n"
+        in compare_text(compared(runs).told)
     )
 
 
@@ -168,7 +169,7 @@ def test_pairs_that_say_nothing_are_left_out_with_their_reasons(runs):
     other = next(pair for pair in pairs_of(found) if pair["reason"] == "other class")
     assert other["spearman"] == pytest.approx(1)
     page = Page(write_page(runs[0].open(), runs[1].open(), found))
-    assert all(f"Not counted: 1 {reason}" in page.text for *_, reason in cases[:-1])
+    assert all(f"Not counted: {reason} (1)" in page.text for *_, reason in cases[:-1])
 
 
 def test_runs_where_nothing_can_be_counted(runs):
