@@ -146,36 +146,14 @@ def compare(
         have = f"{first.path} has {', '.join(calls_a)}; {second.path} has {', '.join(calls_b)}"
         raise InputError(f"no method in both runs: {have}; choose one of each with --method-a and --method-b")
 
-    images: Counter[str] = Counter(common=0, only_a=0, only_b=0)
-    alone: dict[str, Counter[str]] = {"a": Counter(), "b": Counter()}
+    matching = _Matching((first, second), (calls_a, calls_b), classes, one_method, one_target, worst)
     groups: dict[tuple[str, str, str, str], _Group] = defaultdict(_Group)
-    lowest, flips = _Lowest(worst), _Lowest(worst)
-    flipped = judged = 0
-
-    def matched() -> Iterator[tuple[Row, Row]]:
-        nonlocal flipped, judged
-        for rows_a, rows_b in _common_images(_by_image(first, calls_a), _by_image(second, calls_b), images):
-            a, b = rows_a[0], rows_b[0]
-            if a.prediction is not None and b.prediction is not None:
-                judged += 1
-                if not classes.same(a.prediction, b.prediction):
-                    flipped += 1
-                    flips.add(-min(a.prediction_score or 0, b.prediction_score or 0), (a, b))
-            keyed_a, keyed_b = (_keyed(rows, one_method, one_target) for rows in (rows_a, rows_b))
-            for key, row in keyed_a.items():
-                if key in keyed_b:
-                    yield row, keyed_b[key]
-                else:
-                    alone["a"][f"{row.method}, {_asked(row)}"] += 1
-            for key, row in keyed_b.items():
-                if key not in keyed_a:
-                    alone["b"][f"{row.method}, {_asked(row)}"] += 1
-
+    lowest = _Lowest(worst)
     column = MEASURES.index(by)
-    found = _measured(matched(), classes, top)
+    found = _measured(matching.pairs(), classes, top)
     beginning = next(found, None)
     if beginning is None:
-        raise InputError(_nothing(first, second, images))
+        raise InputError(_nothing(first, second, matching.images))
     with replacing(folder / "pairs.parquet") as file, pq.ParquetWriter(file, PAIRS, compression="zstd") as writer:
         for pairs in chain([beginning], found):
             writer.write_table(pa.Table.from_pylist([pair.record() for pair in pairs], schema=PAIRS))
@@ -195,18 +173,66 @@ def compare(
         "run_b": str(second.path),
         "out": str(folder),
         "top": top,
-        "images": dict(images),
+        "images": dict(matching.images),
         "complete": {"a": _complete(first), "b": _complete(second)},
         "differences": differences(first.settings, second.settings),
-        "predictions": {"compared": judged, "flipped": flipped, "share": flipped / judged if judged else None},
+        "predictions": matching.predictions(),
         "groups": [_told(key, group) for key, group in groups.items()],
-        "unmatched": {side: dict(found) for side, found in alone.items()},
+        "unmatched": {side: dict(rows) for side, rows in zip("ab", matching.alone, strict=True)},
         "worst_by": by,
         "worst": [_told_pair(pair) for pair in lowest.kept()],
     }
     with replacing(folder / "summary.json") as file:
         file.write((json.dumps(told, indent=1, allow_nan=False) + "\n").encode())
-    return Comparison(told, lowest.kept(), flips.kept())
+    return Comparison(told, lowest.kept(), matching.flips.kept())
+
+
+class _Matching:
+    """The rows of two runs that belong together, and what was seen on the way.
+
+    Attributes:
+        images: how many are in both, and in one only.
+        alone: of each run the rows without a counterpart, by method and target.
+        flips: the surest of the images whose predictions differ, a row of each run.
+    """
+
+    def __init__(
+        self,
+        runs: tuple[Run, Run],
+        calls: tuple[Sequence[str], Sequence[str]],
+        classes: _Classes,
+        one_method: bool,
+        one_target: bool,
+        most: int,
+    ) -> None:
+        self._runs, self._calls, self._classes = runs, calls, classes
+        self._loose = one_method, one_target
+        self.images: Counter[str] = Counter(common=0, only_a=0, only_b=0)
+        self.alone: tuple[Counter[str], Counter[str]] = Counter(), Counter()
+        self.flips = _Lowest(most)
+        self._judged = self._flipped = 0
+
+    def pairs(self) -> Iterator[tuple[Row, Row]]:
+        first, second = (_by_image(run, calls) for run, calls in zip(self._runs, self._calls, strict=True))
+        for rows_a, rows_b in _common_images(first, second, self.images):
+            self._judge(rows_a[0], rows_b[0])
+            keyed_a, keyed_b = (_keyed(rows, *self._loose) for rows in (rows_a, rows_b))
+            for keyed, others, alone in ((keyed_a, keyed_b, self.alone[0]), (keyed_b, keyed_a, self.alone[1])):
+                alone.update(f"{row.method}, {_asked(row)}" for key, row in keyed.items() if key not in others)
+            yield from ((row, keyed_b[key]) for key, row in keyed_a.items() if key in keyed_b)
+
+    def _judge(self, first: Row, second: Row) -> None:
+        """Count whether two rows of an image have one prediction."""
+        if first.prediction is None or second.prediction is None:
+            return
+        self._judged += 1
+        if not self._classes.same(first.prediction, second.prediction):
+            self._flipped += 1
+            self.flips.add(-min(first.prediction_score or 0, second.prediction_score or 0), (first, second))
+
+    def predictions(self) -> dict[str, Any]:
+        share = self._flipped / self._judged if self._judged else None
+        return {"compared": self._judged, "flipped": self._flipped, "share": share}
 
 
 class _Lowest:

@@ -48,7 +48,7 @@ def write_fiftyone(selection: Selection, folder: Path) -> None:
             shape = max(1, round((row.height or 1) * scale)), max(1, round((row.width or 1) * scale))
             path = f"fields/{field}/{overlay_name(row)}"
             (folder / path).parent.mkdir(parents=True, exist_ok=True)
-            Image.fromarray(grey_picture(row, shape)).save(folder / path, "PNG", optimize=True)
+            Image.fromarray(grey_picture(row, shape)).save(folder / path, "PNG", compress_level=4)
             sample[field] = {"_cls": "Heatmap", "map_path": path}
             sample[f"{field}_class"] = _classification(row.label_name or _name(row.target, names), row.score)
         return sample
