@@ -448,6 +448,106 @@ def report(run: Path, limit: int, overlays: bool, as_json: bool, debug: bool) ->
 
 
 @main.command()
+@click.argument("run_a", type=click.Path(path_type=Path))
+@click.argument("run_b", type=click.Path(path_type=Path))
+@click.option(
+    "-o", "--out", type=click.Path(path_type=Path), help="Folder of the page [default: RUN_A/report/compare/NAME OF B]."
+)
+@click.option("--method-a", metavar="NAME", help="Only this method of RUN_A [default: all that both runs have].")
+@click.option("--method-b", metavar="NAME", help="Only this method of RUN_B; with one of each, names need not agree.")
+@click.option(
+    "--top",
+    default=15.0,
+    show_default=True,
+    type=click.FloatRange(0, 100, min_open=True),
+    help="Percentage of the highest places whose overlap is told.",
+)
+@click.option(
+    "--by",
+    type=click.Choice(["spearman", "cosine", "overlap"]),
+    default="spearman",
+    show_default=True,
+    help="What the worst pairs are chosen by.",
+)
+@click.option("--worst", default=24, show_default=True, type=click.IntRange(0, 1000), help="Pairs shown on the page.")
+@common_options
+def compare(run_a: Path, run_b: Path, out: Path | None, top: float, as_json: bool, debug: bool, **options: Any) -> None:
+    """Say how alike the maps of two runs are, and how often their predictions differ: the precision audit.
+
+    Images are matched by id, rows by method and target. OUT gets a page with the worst pairs, every pair as Parquet,
+    and a summary.
+
+    \b
+    Example: heatmill compare run run-fp16
+             heatmill compare run run --method-a cam --method-b rise
+    """
+    from .engine.jobs.compare import compare as measure
+    from .engine.jobs.compare import compare_text
+    from .engine.jobs.compare_page import write_page
+    from .engine.jobs.store import open_run
+
+    first, second = open_run(run_a), open_run(run_b)
+    found = measure(first, second, out, top=top / 100, **options)
+    page = write_page(first, second, found)
+    told = {**found.told, "page": str(page)}
+    click.echo(json.dumps(told) if as_json else f"{compare_text(told)}\n{page}")
+
+
+@main.command()
+@click.argument("run", type=click.Path(path_type=Path))
+@click.option(
+    "--as",
+    "kind",
+    required=True,
+    type=click.Choice(["crops", "erased", "npy", "png", "hdf5-virelay", "fiftyone"]),
+    help="New images for training (crops, erased), or maps for other tools.",
+)
+@click.option("-o", "--out", required=True, type=click.Path(path_type=Path), help="A new folder.")
+@click.option("-m", "--method", metavar="NAME", help="Only the maps of this method [default: all].")
+@click.option("--limit", type=click.IntRange(1), help="Only the first N rows of the run.")
+@click.option(
+    "--threshold",
+    type=click.FloatRange(0, 1, min_open=True),
+    help="Of crops, erased: the region is where the map is at least this share of its greatest value [default: 0.5].",
+)
+@click.option(
+    "--padding",
+    type=click.FloatRange(0),
+    help="Of crops: added on each side, as a share of the region's side [default: 0.1].",
+)
+@click.option(
+    "--fill",
+    type=click.Choice(["mean", "black", "blur"]),
+    help="Of erased: the model's mean colour, black, or the photograph blurred [default: mean].",
+)
+@click.option("--format", type=click.Choice(["jpeg", "png"]), help="Of crops, erased [default: jpeg, quality 95].")
+@click.option(
+    "--size",
+    type=click.Choice(["native", "input", "image"]),
+    help="Of npy: native, as stored, or input, the network's; of png: image, the photograph's, or input "
+    "[default: the first].",
+)
+@common_options
+def export(run: Path, kind: str, out: Path, as_json: bool, debug: bool, **options: Any) -> None:
+    """Write a run's maps for other tools, or photographs cut to or without their salient region for training.
+
+    OUT appears when it is complete, with a manifest.
+
+    \b
+    Example: heatmill export run --as crops -o crops
+             heatmill export run --as erased -o erased --fill blur
+             heatmill export run --as npy -o arrays
+    """
+    from .engine.jobs.exports import export as write
+    from .engine.jobs.exports import export_text
+    from .engine.jobs.exports.base import Options
+    from .engine.jobs.store import open_run
+
+    found = write(open_run(run), kind, out, Options(**options))
+    click.echo(json.dumps(found) if as_json else export_text(found), nl=as_json)
+
+
+@main.command()
 @click.argument("model", type=click.Path(path_type=Path))
 @click.argument("inputs", nargs=-1, type=click.Path(path_type=Path))
 @click.option("-m", "--method", default="score-cam", show_default=True, metavar="NAME[:key=value,...]")

@@ -240,7 +240,7 @@ def view(pixels: Array, spec: ModelSpec) -> tuple[Array, tuple[float, float, flo
     if resized_height * resized_width > _MAX_RESIZED:
         canvas = photograph.resize((width, height), interpolation, box=box)
     else:
-        canvas = Image.new(photograph.mode, (width, height), _mean_color(spec))
+        canvas = Image.new(photograph.mode, (width, height), mean_color(spec))
         canvas.paste(photograph.resize((resized_width, resized_height), interpolation), (-left, -top))
     return np.asarray(canvas).reshape(height, width, channels), box
 
@@ -264,7 +264,8 @@ def _offset(resized: int, size: int) -> int:
     return round((resized - size) / 2) if resized >= size else -((size - resized) // 2)
 
 
-def _mean_color(spec: ModelSpec) -> int | tuple[int, ...]:
+def mean_color(spec: ModelSpec) -> int | tuple[int, ...]:
+    """The colour that the network sees as zero: RGB, or one grey level."""
     color = tuple(min(255, max(0, round(255 * mean))) for mean in spec.mean)
     if spec.color == "L":
         return color[0]

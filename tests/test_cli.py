@@ -24,12 +24,26 @@ from heatmill.engine.jobs import bench as benching
 from heatmill.engine.jobs import forecast as forecasting
 from heatmill.engine.jobs import plan as plans
 from heatmill.engine.jobs import sources, store
+from heatmill.engine.jobs.exports import EXPORTS
 from heatmill.engine.methods import METHODS, parse_method
 from tests.architectures import vit
 from tests.engine.test_trt import install
 
 ROOT = Path(__file__).resolve().parents[1]
-COMMANDS = ["bench", "compile", "demo", "doctor", "explain", "inspect", "methods", "plan", "report", "verify"]
+COMMANDS = [
+    "bench",
+    "compare",
+    "compile",
+    "demo",
+    "doctor",
+    "explain",
+    "export",
+    "inspect",
+    "methods",
+    "plan",
+    "report",
+    "verify",
+]
 
 
 @pytest.fixture
@@ -575,6 +589,82 @@ def test_the_examples_of_the_help_run(heatmill, here, monkeypatch):
         for line in examples(command):
             if command == "explain":
                 shutil.rmtree("run", ignore_errors=True)
+            code, told, _ = heatmill(*shlex.split(line)[1:])
+            assert (code, bool(told)) == (0, True), line
+
+
+@pytest.fixture
+def two(here, run):
+    """`run` and `run-fp16` in the working folder, as the examples of the help have them."""
+    shutil.copytree(run, "run")
+    shutil.copytree(run, "run-fp16")
+    return here
+
+
+def test_compare(heatmill, two):
+    code, told, noted = heatmill("compare", "run", "run-fp16")
+    assert (code, noted) == (0, "")
+    assert "images: 4 in both, 0 only in A, 0 only in B\n" in told
+    assert "predictions: 0 of 4 flipped (0.00%)\n" in told
+    assert told.endswith("\nrun/report/compare/run-fp16/index.html\n")
+    code, told, _ = heatmill("compare", "run", "run-fp16", "-o", "audit", "--json", "--top", "5", "--by", "cosine")
+    found = json.loads(told)
+    (group,) = found["groups"]
+    assert (code, found["top"], found["page"]) == (0, 0.05, "audit/index.html")
+    assert (group["pairs"], group["spearman"]["least"]) == (4, pytest.approx(1))
+    assert sorted(path.name for path in Path("audit").iterdir()) == ["index.html", "pairs.parquet", "summary.json"]
+    assert heatmill("verify", "run")[0] == 0
+    part = next(Path("run-fp16/data").glob("*.parquet"))
+    part.write_bytes(part.read_bytes()[:-100])
+    shutil.rmtree("run/report")
+    assert "damaged" in refusal(heatmill, two, "compare", "run", "run-fp16", code=5)
+
+
+def test_what_compare_refuses(heatmill, two):
+    assert "missing: not a run" in refusal(heatmill, two, "compare", "run", "missing", code=5)
+    assert "--method-b 'rise': run-fp16 has cam" in refusal(
+        heatmill, two, "compare", "run", "run-fp16", "--method-b", "rise"
+    )
+    assert "--top" in refusal(heatmill, two, "compare", "run", "run-fp16", "--top", "0")
+    assert "--by" in refusal(heatmill, two, "compare", "run", "run-fp16", "--by", "mean")
+
+
+def test_export(heatmill, two):
+    code, told, noted = heatmill("export", "run", "--as", "crops", "-o", "crops")
+    assert (code, told, noted) == (0, f"{two / 'crops'}: 4 crops\n", "")
+    code, told, _ = heatmill(
+        "explain", "model.onnx", "crops/manifest.csv", "-o", "again", "-m", "cam", "--quiet", "--json"
+    )
+    assert (code, json.loads(told)["statuses"]) == (0, {"ok": 4})
+    for kind in ("erased", "npy", "png", "hdf5-virelay", "fiftyone"):
+        code, told, _ = heatmill("export", "run", "--as", kind, "-o", f"made/{kind}", "--json")
+        assert (code, json.loads(told)["written"]) == (0, 4)
+
+
+def test_what_export_refuses(heatmill, two):
+    assert "is there already" in refusal(heatmill, two, "export", "run", "--as", "npy", "-o", "photos")
+    assert "--fill is for --as erased" in refusal(
+        heatmill, two, "export", "run", "--as", "npy", "-o", "out", "--fill", "black"
+    )
+    assert "--as" in refusal(heatmill, two, "export", "run", "--as", "zarr", "-o", "out")
+    assert "missing: not a run" in refusal(heatmill, two, "export", "missing", "--as", "npy", "-o", "out", code=5)
+    assert "--threshold" in refusal(heatmill, two, "export", "run", "--as", "crops", "-o", "out", "--threshold", "0")
+
+
+def test_the_kinds_of_export_are_the_table():
+    (kind,) = (option for option in main.commands["export"].params if option.name == "kind")
+    assert kind.type.choices == tuple(EXPORTS)
+    known = {option.name for option in main.commands["export"].params}
+    assert set().union(*(found.takes for found in EXPORTS.values())) <= known
+
+
+def test_the_examples_of_compare_and_export_run(heatmill, two):
+    shutil.rmtree("run")
+    assert (
+        heatmill("explain", "model.onnx", "photos", "-o", "run", "-m", "cam", "-m", "rise:masks=8", "--quiet")[0] == 0
+    )
+    for command in ("compare", "export"):
+        for line in examples(command):
             code, told, _ = heatmill(*shlex.split(line)[1:])
             assert (code, bool(told)) == (0, True), line
 

@@ -81,16 +81,29 @@ def overlay(photograph: Array, saliency: Array, box: tuple[float, ...], colormap
         uint8 (h, w, 3).
     """
     levels, signed = display(saliency)
-    x0, y0, x1, y1 = box
-    rows = _positions(photograph.shape[0], y0, y1, levels.shape[0])
-    columns = _positions(photograph.shape[1], x0, x1, levels.shape[1])
-    seen = _within(rows, levels.shape[0])[:, None] & _within(columns, levels.shape[1])
-    levels = _sample(levels, rows, columns)
+    levels, seen = placed(levels, photograph.shape[:2], box)
     alpha = (OPACITY * np.abs(levels) ** ALPHA_EXPONENT)[..., None]
     indices = np.rint(((levels + 1) / 2 if signed else levels) * 255).astype(np.intp)
     colors = _lut(SIGNED if signed else COLORMAPS[colormap], 256)[indices]
     covered = photograph * (1 - alpha) + 255 * alpha * colors
     return np.asarray(np.rint(np.where(seen[..., None], covered, photograph * DIMMED)), dtype=np.uint8)
+
+
+def placed(values: Array, shape: tuple[int, ...], box: tuple[float, ...]) -> tuple[Array, Array]:
+    """A map (h, w) on the pixels of a picture: bilinear, half-pixel centres, edges clamped.
+
+    Args:
+        shape: (height, width) of the picture.
+        box: (x0, y0, x1, y1) of the map in the picture's pixels; it may reach outside.
+
+    Returns:
+        the values (height, width), and where the map lies (bool).
+    """
+    x0, y0, x1, y1 = box
+    rows = _positions(shape[0], y0, y1, values.shape[0])
+    columns = _positions(shape[1], x0, x1, values.shape[1])
+    seen = _within(rows, values.shape[0])[:, None] & _within(columns, values.shape[1])
+    return _sample(values, rows, columns), seen
 
 
 def _positions(count: int, low: float, high: float, size: int) -> Array:
@@ -132,7 +145,7 @@ def write_overlays(run: Run, folder: Path | None = None, *, colormap: str = "tur
     """
     _check(limit, colormap)
     folder = folder or run.path / "report" / "overlays"
-    photographs = _Photographs(run)
+    photographs = Photographs(run)
     written = 0
     for _, rows in groupby(islice(run.rows(status="ok"), limit), key=lambda row: row.row):
         first = next(rows)
@@ -141,34 +154,34 @@ def write_overlays(run: Run, folder: Path | None = None, *, colormap: str = "tur
         except ImageRefused:
             continue
         height, width = photograph.shape[:2]
-        left, top, right, bottom = _relative_box(first)
+        left, top, right, bottom = relative_box(first)
         box = (left * width, top * height, right * width, bottom * height)
         for row in (first, *rows):
             picture = Image.fromarray(overlay(photograph, row.saliency(), box, colormap))
-            with _replacing(folder / overlay_name(row)) as file:
+            with replacing(folder / overlay_name(row)) as file:
                 picture.save(file, "PNG", compress_level=4)
             written += 1
     return written
 
 
-def overlay_name(row: Row) -> str:
-    """The file name of a row's overlay, `id--method--target_source--class-label.png`, with the id's folders.
+def overlay_name(row: Row, suffix: str = ".png") -> str:
+    """The file name of a row's picture, `id--method--target_source--class-label.png`, with the id's folders.
 
     No two rows of a run share one: a part that had to be changed to be safe on any file system ends in a hash.
     """
-    identity = "/".join(_safe(part) for part in row.id.split("/")[-16:])
+    identity = "/".join(safe_name(part) for part in row.id.split("/")[-16:])
     method = row.method.replace(":", ",", 1)
-    parts = [_marked(identity, row.id), _marked(_safe(method, 50), method), _safe(row.target_source)]
-    label = f"-{_safe(row.label_name, 40)}" if row.label_name else ""
-    return "--".join([*parts, f"{row.target}{label}.png"])
+    parts = [marked(identity, row.id), marked(safe_name(method, 50), method), safe_name(row.target_source)]
+    label = f"-{safe_name(row.label_name, 40)}" if row.label_name else ""
+    return "--".join([*parts, f"{row.target}{label}{suffix}"])
 
 
-def _safe(text: str, most: int = 80) -> str:
+def safe_name(text: str, most: int = 80) -> str:
     """`text` as one part of a file name, at most so many bytes."""
     return _UNSAFE.sub("_", text).encode()[:most].decode(errors="ignore") or "_"
 
 
-def _marked(safe: str, text: str) -> str:
+def marked(safe: str, text: str) -> str:
     """A safe name, with a hash of what it stands for if it is not that itself; `~` is in no safe name."""
     return safe if safe == text else f"{safe}~{hashlib.sha256(text.encode()).hexdigest()[:16]}"
 
@@ -194,12 +207,12 @@ def write_report(run: Run, *, limit: int = 500, colormap: str = "turbo") -> Path
     table = run.table()
     choice = _choose(table, limit)
     name = Path(run.settings["model"]["path"]).name
-    head, tail = _template(f"{name} - heatmill")
-    photographs = _Photographs(run)
+    head, tail = template("report.html", f"{name} - heatmill")
+    photographs = Photographs(run)
     images: list[dict[str, Any]] = []
     cards: list[dict[str, Any]] = []
     page = run.path / "report" / "index.html"
-    with _replacing(page) as file:
+    with replacing(page) as file:
         file.write(head)
         for rows in _chosen(run, choice, limit):
             image, photograph = _image_data(rows[0], photographs)
@@ -266,26 +279,27 @@ def _chosen(run: Run, choice: _Choice, limit: int) -> Iterator[list[Row]]:
             yield list(islice(rows, limit))
 
 
-class _Photographs:
+class Photographs:
     """The photographs of a run, as the run found them."""
 
     def __init__(self, run: Run) -> None:
         self._listed = read_plan(run.path, run.settings).select(["size", "mtime_ns"])
         self._exif = ModelSpec.from_json(run.settings["spec"], "run.json").exif
 
-    def open(self, row: Row, side: int) -> Image.Image:
-        """An image upright in RGB, scaled down to `side` pixels on its longer side.
+    def open(self, row: Row, side: int | None = None) -> Image.Image:
+        """An image upright in RGB, scaled down to `side` pixels on its longer side where one is given.
 
         Raises:
             ImageRefused: it is gone, or not what it was.
         """
         size, mtime_ns = (self._listed[name][row.row].as_py() for name in ("size", "mtime_ns"))
         image = Image.fromarray(decode(read(row.path, size, mtime_ns), exif=self._exif))
-        image.thumbnail((side, side), Image.Resampling.LANCZOS, reducing_gap=3.0)
+        if side is not None:
+            image.thumbnail((side, side), Image.Resampling.LANCZOS, reducing_gap=3.0)
         return image
 
 
-def _image_data(row: Row, photographs: _Photographs) -> tuple[dict[str, Any], str | None]:
+def _image_data(row: Row, photographs: Photographs) -> tuple[dict[str, Any], str | None]:
     """What the page says of an image, and its thumbnail."""
     thumbnail, gone = None, None
     try:
@@ -294,7 +308,7 @@ def _image_data(row: Row, photographs: _Photographs) -> tuple[dict[str, Any], st
         thumbnail = base64.b64encode(file.getvalue()).decode()
     except ImageRefused as refusal:
         gone = refusal.status
-    box = [round(part, 5) for part in _relative_box(row)]
+    box = [round(part, 5) for part in relative_box(row)]
     return {"id": row.id, "width": row.width, "height": row.height, "box": box, "gone": gone}, thumbnail
 
 
@@ -337,7 +351,7 @@ def _map_png(levels: Array, signed: bool) -> str:
     return base64.b64encode(file.getvalue()).decode()
 
 
-def _relative_box(row: Row) -> tuple[float, ...]:
+def relative_box(row: Row) -> tuple[float, ...]:
     """The crop box as fractions of the photograph's width and height."""
     if row.crop_box is None or not row.width or not row.height:
         return 0.0, 0.0, 1.0, 1.0
@@ -420,12 +434,12 @@ def _filter_tables(name: str, signed: bool) -> dict[str, str]:
     return {channel: " ".join(f"{value:.3g}" for value in values) for channel, values in channels}
 
 
-def _template(title: str) -> tuple[bytes, bytes]:
-    """The page before and after its data.
+def template(name: str, title: str) -> tuple[bytes, bytes]:
+    """A page of this folder before and after its data.
 
     Its content security policy allows its own script and style, pictures from its own data, and no network.
     """
-    page = Path(__file__).with_name("report.html").read_text(encoding="utf-8")
+    page = Path(__file__).with_name(name).read_text(encoding="utf-8")
     policy = ["default-src 'none'", "img-src data:", "base-uri 'none'", "form-action 'none'"]
     for tag in ("style", "script"):
         text = page.partition(f"<{tag}>")[2].partition(f"</{tag}>")[0]
@@ -451,7 +465,7 @@ def _check(limit: int | None, colormap: str) -> None:
 
 
 @contextmanager
-def _replacing(path: Path) -> Iterator[IO[bytes]]:
+def replacing(path: Path) -> Iterator[IO[bytes]]:
     """A file that takes the place of `path` once it is complete."""
     temporary = path.parent / f".{os.getpid()}.part"
     try:

@@ -274,6 +274,11 @@ class Run:
         """The committed parts, in plan order."""
         return [self.path / part_name(shard) for shard in sorted(committed(self.path))]
 
+    def calls(self, method: str | None = None) -> list[str]:
+        """The methods of the run as they were called; those of one name, or of one whole call."""
+        calls = [str(each["call"]) for each in self.settings["methods"]]
+        return calls if method is None else [call for call in calls if _is(call, method)]
+
     def rows(self, method: str | None = None, target: int | None = None, status: str | None = None) -> Iterator[Row]:
         """The stored rows in plan order, filtered; one row group is in memory at a time.
 
@@ -284,7 +289,7 @@ class Run:
         for path in self.parts():
             for values, raw in self._values(path):
                 call = values["method"]
-                if method is not None and plain(method) not in (plain(call), plain(call.partition(":")[0])):
+                if method is not None and not _is(call, method):
                     continue
                 if target not in (None, values["target"]) or status not in (None, values["status"]):
                     continue
@@ -350,6 +355,10 @@ class Run:
             finish=steps,
             arrays=values["arrays"],
         )
+
+
+def _is(call: str, method: str) -> bool:
+    return plain(method) in (plain(call), plain(call.partition(":")[0]))
 
 
 DAMAGE = (OSError, pa.ArrowException, zstandard.ZstdError, zipfile.BadZipFile, ValueError, LookupError)
