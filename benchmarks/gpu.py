@@ -8,8 +8,8 @@ networks   rows/s of the bare network, inputs on the device, for each backend, p
 methods    Score-CAM, CF-CAM and RISE: images/s, share of the time outside the network (observations and ways back
            count as outside), memory of the GPU that is in use afterwards
 peers      pytorch-grad-cam and torchcam on the same GPU: plain, and in half precision, channels last, compiled
-accuracy   maps of the other precisions beside those of fp32: rank correlation, cosine, overlap of the top 5%; int8 needs
-           a quantised file, and is not among them
+accuracy   maps of the other precisions beside those of fp32: rank correlation, cosine, overlap of the top 5%; not
+           int8, which needs a quantised file
 
 Every measurement runs in a process of its own and is written at once; started again, only what is missing is measured.
 """
