@@ -755,6 +755,10 @@ class Explainer:
                 image = decode(Path(image).read_bytes(), exif=spec.exif, color=spec.color)
             except (OSError, ImageRefused) as err:
                 raise InputError(f"image {position}: {err}") from None
+        elif not isinstance(image, np.ndarray):
+            raise InputError(
+                f"image {position} is a {type(image).__name__}; give a path, or an array of NumPy's or a GPU's"
+            )
         elif np.issubdtype(image.dtype, np.floating):
             expected = blank_batch(self._loaded, 1).shape[1:]
             if not np.issubdtype(dtype, np.floating):

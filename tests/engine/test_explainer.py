@@ -368,6 +368,7 @@ def test_masked_passes_that_are_not_finite_end_their_request_and_no_other(make_m
     ("images", "message"),
     [
         ("cat.jpg", r"images is a list; for one image give \['cat.jpg'\]"),
+        ([[[1, 2], [3, 4]]], "image 0 is a list; give a path, or an array of NumPy's or a GPU's"),
         ([np.zeros((33, 29, 4), np.uint8)], "of 3 channels"),
         ([np.zeros((3, 33, 29), np.uint8)], "of 3 channels"),
     ],
