@@ -16,6 +16,7 @@ import tomllib
 import traceback
 from collections.abc import Callable
 from dataclasses import fields
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -254,11 +255,12 @@ def explain(**options: Any) -> int:
     if options["generate_config"]:
         click.echo(_as_toml(click.get_current_context()), nl=False)
         return 0
-    if options["model"] is None or not options["inputs"] or options["out"] is None:
+    dry = options["dry_run"]
+    if options["model"] is None or not options["inputs"] or (options["out"] is None and not dry):
         raise click.UsageError("give MODEL, INPUTS and -o OUT")
+    if dry:
+        return _forecast(options, None)
     job = _job(options)
-    if options["dry_run"]:
-        return _forecast(job, None, options["as_json"])
     from .engine.jobs.job import explain as run_job
 
     style = "quiet" if options["quiet"] else "json" if options["log_format"] == "json" else "auto"
@@ -298,11 +300,14 @@ def _job(options: dict[str, Any]) -> Job:
     return Job(**{**given, **plural, **sizes})
 
 
-def _forecast(job: Job, budget: str | None, as_json: bool) -> int:
+def _forecast(options: dict[str, Any], budget: str | None) -> int:
     from .engine.jobs.forecast import forecast, forecast_text, parse_budget
 
-    found = forecast(job, None if budget is None else parse_budget(budget))
-    click.echo(json.dumps(found) if as_json else forecast_text(found), nl=as_json)
+    job = _job({**options, "out": options.get("out") or Path()})
+    seconds = None if budget is None else parse_budget(budget)
+    tell = partial(click.echo, err=True)
+    found = forecast(job, seconds, resume=options.get("out") is not None, tell=tell)
+    click.echo(json.dumps(found) if options["as_json"] else forecast_text(found), nl=options["as_json"])
     return 0
 
 
@@ -314,7 +319,7 @@ def _forecast(job: Job, budget: str | None, as_json: bool) -> int:
 @session_options
 @click.option("--budget", metavar="TIME", help="What the run may take (90s, 15m, 2h, 1d); else what fits is named.")
 @common_options
-def plan(budget: str | None, as_json: bool, debug: bool, **options: Any) -> int:
+def plan(budget: str | None, debug: bool, **options: Any) -> int:
     """Say what explaining will cost: passes, time on this machine, memory and disk, by method.
 
     A few of the images are rehearsed: every pass is counted, few are run.
@@ -323,7 +328,7 @@ def plan(budget: str | None, as_json: bool, debug: bool, **options: Any) -> int:
     Example: heatmill plan model.onnx photos/ -m score-cam -m rise
              heatmill plan model.onnx photos/ -m score-cam --budget 2h
     """
-    return _forecast(_job({**options, "out": Path()}), budget, as_json)
+    return _forecast(options, budget)
 
 
 def _as_toml(context: click.Context) -> str:

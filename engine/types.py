@@ -127,6 +127,13 @@ class Facts:
     waists: frozenset[str] = frozenset()
     operators: frozenset[str] = frozenset()
 
+    @property
+    def posterior(self) -> str:
+        """How raw scores become posteriors: softmax, sigmoid, or none where they are posteriors already."""
+        if not self.has_logits:
+            return "none"
+        return "sigmoid" if self.output == "sigmoid" else "softmax"
+
 
 @dataclass(frozen=True, slots=True)
 class Returned:

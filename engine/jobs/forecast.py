@@ -10,14 +10,14 @@ from __future__ import annotations
 import re
 import time
 from collections import Counter, deque
-from collections.abc import Hashable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 
 from ... import HeatmillError, InputError
-from ..backends import usable_cores
+from ..backends import DeviceSession, usable_cores
 from ..canvas import Ran
 from ..explainer import Engine
 from ..methods import METHODS
@@ -25,11 +25,12 @@ from ..opening import Loaded, open_best
 from ..passes import Passed, check_backward, open_passes
 from ..schedule import HEAD, NETWORK, OBSERVE, Batch, Scheduler
 from ..types import Explanation, Item, MethodCall, Target
+from . import plan as plans
 from .bench import forget_peak, peak_mb
 from .job import probe_job
-from .plan import Job, open_job
+from .plan import Job
 from .sources import Source
-from .store import encode_arrays, encode_pixels
+from .store import committed, encode_arrays, encode_pixels
 from .worker import prepare
 
 IMAGES = 8
@@ -37,6 +38,7 @@ LANE_SECONDS = 6.0  # of every graph, so long is run
 BRIEF_SECONDS = 1.5  # of those of methods that were not asked for
 ROW_BYTES = 400  # of a row's columns beside its map, compressed
 OFFERED = 5  # cheaper methods that are named
+SPARE = 1.2  # times the budget: what is expected to take longer is not tried
 UNITS = {"s": 1, "m": 60, "min": 60, "h": 3600, "d": 86400}
 
 
@@ -115,30 +117,41 @@ class Rehearsal(Engine):
         return known.per_row if known else 0.0
 
 
-def forecast(job: Job, budget: float | None = None, seconds: float = LANE_SECONDS) -> dict[str, Any]:
+def forecast(
+    job: Job,
+    budget: float | None = None,
+    seconds: float = LANE_SECONDS,
+    resume: bool = False,
+    tell: Callable[[str], None] = lambda text: None,
+) -> dict[str, Any]:
     """What a job will cost, as JSON values.
 
     Args:
         budget: seconds that the run may take; where it takes more, cheaper methods are tried and named.
         seconds: how long each graph is timed.
+        resume: whether `job.out` may hold a run; what it has is not counted.
+        tell: takes a line for each method that is tried.
 
     Raises:
-        HeatmillError: the model, a method, a target or the input is refused.
+        HeatmillError: the model, a method, a target or the input is refused, or the folder holds another run.
     """
-    loaded, source, targets = open_job(job)
+    exists = resume and plans.check_folder(job.out, job.overwrite)
+    loaded, source, targets = plans.open_job(job)
+    images = source.table.num_rows
+    if exists:
+        plan = plans.reopen(job.out)
+        plans.check_same(job.out, plan, plans.identity(job, loaded, targets))
+        done = committed(job.out)
+        images = sum(len(plan.rows(shard)) for shard in plan.shards if shard not in done)
     began = time.perf_counter()
     trial = probe_job(job, loaded, source, targets, None)
     tried = time.perf_counter() - began
     forget_peak()
-    began = time.perf_counter()
     job = replace(job, backend=trial.backend, provider=trial.provider, precision=trial.precision)
     items, decoding = _sampled(loaded, source)
-    found = _rehearsed(loaded, job, targets, trial.batch_size, items, seconds)
-    opened = found.pop("opened")
-    images = source.table.num_rows
-    per_image = sum(each["seconds_per_image"] for each in found["methods"]) + found["observe_seconds"]
-    per_image += decoding / usable_cores()
-    total = tried + opened + images * per_image
+    costs = _Costs(job, targets, trial.batch_size, images, tried, decoding)
+    found = costs.of(loaded, items, seconds)
+    peak = peak_mb()
     answer = {
         "model": str(job.model),
         "images": images,
@@ -148,23 +161,48 @@ def forecast(job: Job, budget: float | None = None, seconds: float = LANE_SECOND
         "precision": trial.precision,
         "batch_size": trial.batch_size,
         "sampled": len(items),
-        "seconds": total,
-        "start_seconds": tried + opened,
-        "decode_seconds_per_image": decoding,
-        "observe_seconds_per_image": found["observe_seconds"],
-        "memory_mb": peak_mb(),
+        **found,
+        "memory_mb": peak,
         "disk_mb": images * sum(each["bytes_per_image"] for each in found["methods"]) / 1e6,
-        "methods": [
-            {**each, "seconds": images * each["seconds_per_image"], "images": images} for each in found["methods"]
-        ],
         "budget": budget,
-        "fits": None if budget is None else total <= budget,
+        "fits": None if budget is None else found["seconds"] <= budget,
         "cheaper": [],
     }
-    if budget is not None and total > budget:
-        spare = budget - tried - opened - images * (found["observe_seconds"] + decoding / usable_cores())
-        answer["cheaper"] = _cheaper(job, loaded, targets, trial.batch_size, items, images, spare)
+    if budget is not None and found["seconds"] > budget:
+        answer["cheaper"] = _cheaper(costs, loaded, items, budget, found, tell)
     return answer
+
+
+@dataclass(frozen=True, slots=True)
+class _Costs:
+    """What every forecast of a job shares: `tried` and `decoding` are seconds, of the trial and of an image."""
+
+    job: Job
+    targets: Sequence[Target]
+    batch_size: int
+    images: int
+    tried: float
+    decoding: float
+
+    def of(self, loaded: Loaded, items: Sequence[Item], seconds: float) -> dict[str, Any]:
+        """Rehearse some methods: their costs per image, and the seconds of all images.
+
+        On the processor decoding and the network take turns at the cores; on GPUs the slower of both counts.
+        """
+        found = _rehearsed(loaded, self.job, self.targets, self.batch_size, items, seconds)
+        opened, apart = found.pop("opened"), found.pop("on_device")
+        decode = self.decoding / (self.job.workers or usable_cores())
+        network = sum(each["seconds_per_image"] for each in found["methods"]) + found["observe_seconds_per_image"]
+        network /= max(1, len(self.job.devices))
+        per_image = max(decode, network) if apart else decode + network
+        for each in found["methods"]:
+            each["seconds"] = self.images * each["seconds_per_image"]
+        return {
+            "seconds": self.tried + opened + self.images * per_image,
+            "start_seconds": self.tried + opened,
+            "decode_seconds_per_image": decode,
+            **found,
+        }
 
 
 def _sampled(loaded: Loaded, source: Source) -> tuple[list[Item], float]:
@@ -213,11 +251,17 @@ def _rehearsed(
                 "backward": sum(count for lane, count in rows.items() if lane in passes.through) / len(items),
                 "head": sum(count for lane, count in rows.items() if lane == HEAD) / len(items),
                 "shared": engine.shared[number] / len(items),
+                "observation": "there and back" if call.method.backward(loaded.facts, call.parameters) else "forward",
                 "seconds_per_image": sum(engine.seconds_of(lane) * count for lane, count in rows.items()) / len(items),
                 "bytes_per_image": sizes[call.text] / len(items),
             }
         )
-    return {"methods": methods, "observe_seconds": engine.seconds_of(OBSERVE), "opened": opened}
+    return {
+        "methods": methods,
+        "observe_seconds_per_image": engine.seconds_of(OBSERVE),
+        "opened": opened,
+        "on_device": isinstance(session, DeviceSession),
+    }
 
 
 def _many(items: Sequence[Item], rows: int) -> list[Item]:
@@ -235,35 +279,44 @@ def _bytes(explanation: Explanation) -> int:
 
 
 def _cheaper(
-    job: Job,
+    costs: _Costs,
     loaded: Loaded,
-    targets: Sequence[Target],
-    batch_size: int,
     items: Sequence[Item],
-    images: int,
-    spare: float,
+    budget: float,
+    asked: Mapping[str, Any],
+    tell: Callable[[str], None],
 ) -> list[dict[str, Any]]:
-    """Methods with their defaults that fit what the budget leaves beside the observation; the costliest first."""
-    asked = {call.method.name for call in loaded.calls}
-    least = min(call.method.passes(loaded.facts, call.parameters) for call in loaded.calls)
-    found: list[dict[str, Any]] = []
-    known: dict[Any, str | None] = {}
+    """Methods with their defaults that fit the budget alone, the costliest first.
+
+    Those whose passes would take longer, at the pace of the asked methods, are not tried.
+    """
+    names = {call.method.name for call in loaded.calls}
+    passes = sum(each["forward"] + each["backward"] + each["head"] for each in asked["methods"])
+    pace = sum(each["seconds_per_image"] for each in asked["methods"]) / max(passes, 1)
+    candidates = []
     for name, method in METHODS.items():
         call = MethodCall(method, {key: parameter.default for key, parameter in method.parameters.items()})
-        if name in asked or (call.needs_tap and loaded.facts.tap is None):
+        if name in names or (call.needs_tap and loaded.facts.tap is None):
             continue
-        if method.refuses(loaded.facts, call.parameters) or method.passes(loaded.facts, call.parameters) > least:
+        if not method.refuses(loaded.facts, call.parameters):
+            candidates.append((method.passes(loaded.facts, call.parameters), call))
+    found: list[dict[str, Any]] = []
+    known: dict[Any, str | None] = {}
+    for count, call in sorted(candidates, key=lambda candidate: -candidate[0]):
+        if len(found) == OFFERED:
+            break
+        if costs.images * count * pace > SPARE * budget:
             continue
         other = replace(loaded, calls=(call,))
         try:
             check_backward(other, known)
-            (cost,) = _rehearsed(other, job, targets, batch_size, items[:2], BRIEF_SECONDS)["methods"]
+            tell(f"trying {call.text}")
+            cost = costs.of(other, items[:2], BRIEF_SECONDS)
         except HeatmillError:
             continue
-        cost["seconds"] = images * cost["seconds_per_image"]
-        if cost["seconds"] <= spare:
-            found.append(cost)
-    return sorted(found, key=lambda cost: -float(cost["seconds"]))[:OFFERED]
+        if cost["seconds"] <= budget:
+            found.append({**cost["methods"][0], "seconds": cost["seconds"]})
+    return sorted(found, key=lambda cost: -float(cost["seconds"]))
 
 
 def parse_budget(text: str) -> float:
@@ -281,29 +334,37 @@ def parse_budget(text: str) -> float:
 
 def forecast_text(found: Mapping[str, Any]) -> str:
     """The answer of `forecast` for people."""
+    images = found["images"]
     lines = [
-        f"{found['model']}: {found['images']} images, targets {', '.join(found['targets'])}, {found['backend']} "
+        f"{found['model']}: {images} images, targets {', '.join(found['targets'])}, {found['backend']} "
         f"({found['provider']}) {found['precision']}, batch {found['batch_size']}",
         f"time     about {duration(found['seconds'])}; {found['start_seconds']:.0f} s of it to start",
         f"memory   about {found['memory_mb']:.0f} MB",
         f"disk     about {found['disk_mb']:.2f} MB",
-        f"passes per image, of {found['sampled']} sampled images",
+        f"an image, of {found['sampled']} sampled ones",
+        f"  decoding: {_each(found['decode_seconds_per_image'], images)}",
     ]
-    lines += [f"  {_line(each)}" for each in found["methods"]]
+    kinds = sorted({each["observation"] for each in found["methods"]})
+    lines.append(f"  observation, {kinds[-1]}, once for all: {_each(found['observe_seconds_per_image'], images)}")
+    lines += [f"  {_passes(each)}; {_each(each['seconds_per_image'], images)}" for each in found["methods"]]
     if found["budget"] is not None:
         fits = "fits" if found["fits"] else "does not fit"
         lines.append(f"budget   {duration(found['budget'])}: the run {fits}")
     if found["fits"] is False:
-        told = "these would fit instead, one at a time" if found["cheaper"] else "no cheaper method fits either"
+        told = "these would, each alone, all included" if found["cheaper"] else "no method with its defaults does"
         lines.append(f"         {told}")
-        lines += [f"  {_line(each)}" for each in found["cheaper"]]
+        lines += [f"  {_passes(each)}; in all {duration(each['seconds'])}" for each in found["cheaper"]]
     return "\n".join(lines) + "\n"
 
 
-def _line(each: Mapping[str, Any]) -> str:
+def _passes(each: Mapping[str, Any]) -> str:
     kinds = (("forward", "forward"), ("backward", "there and back"), ("head", "through the head"), ("shared", "shared"))
-    passes = ", ".join(f"{each[key]:.0f} {told}" for key, told in kinds if each[key]) or "none of its own"
-    return f"{each['method']}: {passes}; {each['seconds_per_image']:.3g} s, in all {duration(each['seconds'])}"
+    passes = ", ".join(f"{each[key]:.0f} {told}" for key, told in kinds if each[key])
+    return f"{each['method']}: {passes or 'rides with the observation'}"
+
+
+def _each(seconds: float, images: int) -> str:
+    return f"{seconds:.3g} s, in all {duration(images * seconds)}"
 
 
 def duration(seconds: float) -> str:

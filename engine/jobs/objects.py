@@ -65,7 +65,8 @@ def sweep(settings: Mapping[str, Any], table: pa.Table) -> list[dict[str, Any]]:
 
     Returns:
         For each such method its `call` without the number, and `points`: (superpixels asked, mean over the rows of the
-        greatest |correlation|, mean level from which a pair counts as linked, rows).
+        greatest |correlation|, mean level from which a pair counts as linked, rows). Rows with a reason say nothing of
+        pairs, and are left out.
     """
     asked: dict[str, tuple[str, int]] = {}
     for method in settings["methods"]:
@@ -76,7 +77,7 @@ def sweep(settings: Mapping[str, Any], table: pa.Table) -> list[dict[str, Any]]:
     found: dict[str, dict[int, list[tuple[float, float]]]] = {}
     for call, extras in zip(*(table[column].to_pylist() for column in ("method", "extras")), strict=True):
         told = json.loads(extras) if extras and call in asked else {}
-        if "max_correlation" in told:
+        if "max_correlation" in told and "reason" not in told:
             text, number = asked[call]
             level = LINKED * told["correlation_error"]
             found.setdefault(text, {}).setdefault(number, []).append((told["max_correlation"], level))

@@ -32,11 +32,14 @@ from .segments import (
     coin_flips,
     distinct,
     painted,
+    refuses_coalitions,
     segments_of,
+    steady,
     superpixel_options,
     superpixels,
 )
 
+SEGMENTS = 40
 LINKED = 4.0  # standard errors from which a pair counts as linked: one of 16000 unlinked pairs does
 
 
@@ -84,7 +87,7 @@ def correlations(signs: Array, scores: Array) -> Array:
     Its square is the pair's own share of q's variance: + for objects that need one another, - for those that stand in
     for one another, 0 for those whose contributions add up. The standard error is 1 / sqrt(samples).
     """
-    if scores.var() < STEADY:
+    if steady(scores):
         return np.zeros((signs.shape[1],) * 2)
     standard = (scores - scores.mean()) / scores.std()
     covariance = (signs * standard[:, None]).T @ signs / len(scores)
@@ -144,8 +147,9 @@ def combine(
             "max_correlation": float(f"{np.abs(correlation).max():.4g}"),
             "correlation_error": float(f"{1 / np.sqrt(len(signs)):.4g}"),
         }
-        if count == 1 or sampled.var() < STEADY:
+        if count == 1 or steady(sampled):
             told["reason"] = ONE_SEGMENT if count == 1 else SAME_SCORE
+            values = np.zeros(count)
         kept = {name: values.astype(np.float32) for name, values in named.items()}
         arrays.append({"segments": segments, **kept, "links": links, "group": groups})
         extras.append(told)
@@ -162,7 +166,9 @@ def passes(facts: Facts, parameters: Parameters) -> int:
 def refuses(facts: Facts, parameters: Parameters) -> str | None:
     if parameters["score"] == "logit" and not facts.has_logits:
         return f"it is asked for logits, and the model gives {facts.output} only"
-    return None
+    count = int(parameters["segments"])
+    rows = int(parameters["samples"]) + (count**2 // 2 if parameters["pairs"] == "exact" else 0)
+    return refuses_coalitions(rows, parameters, SEGMENTS)
 
 
 ABLATION_CA = Method(
@@ -173,7 +179,7 @@ ABLATION_CA = Method(
         "samples": Parameter(2048, "random pictures", least=16, most=1_000_000),
         "pairs": Parameter("sampled", "also hide each two objects alone", ("sampled", "exact")),
         "score": Parameter("posterior", "what a pass is asked for", ("posterior", "logit")),
-        **superpixel_options("slic", 40, "mean"),
+        **superpixel_options("slic", SEGMENTS, "mean"),
     },
     expand=expand,
     combine=combine,

@@ -111,8 +111,7 @@ def arrange(
         masks = expansion.carry.masks.reshape(math.prod(facts.tap.grid), -1)
         shown = masks @ observation.features.reshape(len(observation.features), -1).T / masks.shape[1]
         raw = shown @ facts.head.weight.T + facts.head.bias
-        kind = "none" if not facts.has_logits else "sigmoid" if facts.output == "sigmoid" else "softmax"
-        scores = host.class_scores(raw, observation.targets, kind).T
+        scores = host.class_scores(raw, observation.targets, facts.posterior).T
     return Combined(scores.reshape(-1, *facts.tap.grid), tuple({} for _ in scores))
 
 

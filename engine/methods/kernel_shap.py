@@ -28,14 +28,17 @@ from ..types import (
 from .segments import (
     ONE_SEGMENT,
     SAME_SCORE,
-    STEADY,
     distinct,
     painted,
     random_of,
+    refuses_coalitions,
     segments_of,
+    steady,
     superpixel_options,
     superpixels,
 )
+
+SEGMENTS = 50
 
 
 def coalitions(count: int, samples: int, random: np.random.Generator) -> tuple[Array, Array]:
@@ -108,8 +111,8 @@ def combine(
     for k, row in enumerate(scores.astype(np.float64)):
         told: dict[str, str | float] = {"base": float(f"{row[0]:.6g}")}
         values[k] = values_of(bits, expansion.carry, row[2:] - row[0], row[1] - row[0])
-        if count == 1 or row.var() < STEADY:
-            told["reason"] = ONE_SEGMENT if count == 1 else SAME_SCORE
+        if count == 1 or steady(row):
+            told["reason"], values[k] = ONE_SEGMENT if count == 1 else SAME_SCORE, 0
         extras.append(told)
     return Combined(painted(segments, values), tuple(extras))
 
@@ -120,13 +123,13 @@ KERNEL_SHAP = Method(
     citation="Lundberg and Lee, A Unified Approach to Interpreting Model Predictions, NeurIPS 2017",
     parameters={
         "samples": Parameter(1000, "coalitions", least=2, most=100_000),
-        **superpixel_options("slic", 50, "mean"),
+        **superpixel_options("slic", SEGMENTS, "mean"),
     },
     expand=expand,
     combine=combine,
     finish=lambda parameters: ("relu", "minmax"),
     passes=lambda facts, parameters: 2 + int(parameters["samples"]),
-    refuses=lambda facts, parameters: None,
+    refuses=lambda facts, parameters: refuses_coalitions(int(parameters["samples"]), parameters, SEGMENTS),
     superpixels=superpixels,
     needs_tap=never,
     pixels=always,

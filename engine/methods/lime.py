@@ -25,14 +25,17 @@ from ..types import (
 from .segments import (
     ONE_SEGMENT,
     SAME_SCORE,
-    STEADY,
     coin_flips,
     distinct,
     painted,
+    refuses_coalitions,
     segments_of,
+    steady,
     superpixel_options,
     superpixels,
 )
+
+SEGMENTS = 50
 
 
 def expand(facts: Facts, observation: Observation, parameters: Parameters, shared: Bank | None) -> Expansion:
@@ -72,8 +75,8 @@ def combine(
     for k, row in enumerate(scores.astype(np.float64)[:, uses]):
         values[k], fit = ridge(bits.astype(np.float64), row, weights, float(parameters["penalty"]))
         told: dict[str, str | float] = {"fit": float(f"{fit:.4g}")}
-        if count == 1 or row.var() < STEADY:
-            told["reason"] = ONE_SEGMENT if count == 1 else SAME_SCORE
+        if count == 1 or steady(row):
+            told["reason"], values[k] = ONE_SEGMENT if count == 1 else SAME_SCORE, 0
         extras.append(told)
     return Combined(painted(segments, values), tuple(extras))
 
@@ -86,13 +89,13 @@ LIME = Method(
         "samples": Parameter(1000, "random pictures", least=2, most=100_000),
         "width": Parameter(0.25, "width of the kernel of distances", least=0.01, most=100),
         "penalty": Parameter(1.0, "of the ridge regression", least=0, most=1e6),
-        **superpixel_options("quickshift", 50, "segment-mean"),
+        **superpixel_options("quickshift", SEGMENTS, "segment-mean"),
     },
     expand=expand,
     combine=combine,
     finish=lambda parameters: ("relu", "minmax"),
     passes=lambda facts, parameters: int(parameters["samples"]),
-    refuses=lambda facts, parameters: None,
+    refuses=lambda facts, parameters: refuses_coalitions(int(parameters["samples"]), parameters, SEGMENTS),
     superpixels=superpixels,
     needs_tap=never,
     pixels=always,

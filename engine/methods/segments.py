@@ -12,7 +12,8 @@ from ..types import BASELINE_NAMES, SEGMENT_MEAN, Array, Observation, Parameter,
 
 ONE_SEGMENT = "the picture is one superpixel: there are no parts to tell apart"
 SAME_SCORE = "the score is the same whatever is hidden"
-STEADY = 1e-10  # a score whose variance is below this says nothing of the parts
+STEADY = 1e-10  # a score whose variance is below this share of its mean square is one number, and rounding
+MOST_BITS = 1 << 28  # of all coalitions of an image
 SIZES = {"quickshift": 4, "felzenszwalb": 250}  # SLIC's is the number of segments
 
 
@@ -29,6 +30,21 @@ def superpixel_options(kind: str, segments: int, baseline: str) -> dict[str, Par
 def superpixels(parameters: Parameters) -> tuple[Segmentation, ...]:
     kind = str(parameters["superpixels"])
     return (Segmentation(kind, SIZES.get(kind, int(parameters["segments"]))),)
+
+
+def refuses_coalitions(samples: int, parameters: Parameters, usual: int) -> str | None:
+    """What is told of superpixels that are asked in a number that nothing reads, or of too many coalitions."""
+    kind, asked = str(parameters["superpixels"]), int(parameters["segments"])
+    if kind in SIZES and asked != usual:
+        return f"segments={asked} is a number of slic's; {kind} finds its own (superpixels=slic)"
+    if kind not in SIZES and samples * asked > MOST_BITS:
+        return f"{samples} pictures of {asked} segments each are too many: at most {MOST_BITS} bits are kept"
+    return None
+
+
+def steady(scores: Array) -> bool:
+    """Whether scores (n,) are the same but for rounding."""
+    return bool(scores.var() <= STEADY * np.mean(scores**2))
 
 
 def segments_of(observation: Observation) -> tuple[Array, int]:

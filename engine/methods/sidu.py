@@ -26,17 +26,17 @@ from .masks import once
 RULE = "mirror"  # scikit-image's, which the authors resize with
 SIGMA = 0.25
 SHOWN = 0.5  # the share of shown places that the sum is divided by
-STILL = 1e-6  # sums of distances that differ by less are rounding
+ROUNDING = 1e-12  # of the squares of two rows, what their squared distance is only rounding below
 
 
 def expand(facts: Facts, observation: Observation, parameters: Parameters, shared: Bank | None) -> Expansion:
-    """Equal masks once, and at the end one that shows everything."""
+    """Equal masks once; what everything shown gives is the observation's."""
     features = observation.features
     if features is None:
         raise ValueError("sidu needs tapped features")
     masks = (features > float(parameters["threshold"])).astype(np.float32)
     found = once(masks, np.ones(len(masks), bool))
-    bank = MapBank(np.concatenate([found.masks, np.ones_like(masks[:1])]), RULE)
+    bank = MapBank(found.masks, RULE)
     counts = np.bincount(found.uses)
     extras = {"passes": len(bank), "channels": len(masks), "duplicate": len(masks) - len(found.masks)}
     return Expansion(bank, every_class=True, carry=counts, extras=extras)
@@ -46,7 +46,9 @@ def distances(rows: Array) -> Array:
     """Euclidean distances (n, n) between rows (n, c), by their Gram matrix."""
     rows = rows.astype(np.float64)
     squares = (rows**2).sum(axis=1)
-    return np.asarray(np.sqrt(np.maximum(squares[:, None] + squares - 2 * (rows @ rows.T), 0)))
+    both = squares[:, None] + squares
+    found = both - 2 * (rows @ rows.T)
+    return np.asarray(np.sqrt(np.where(found > ROUNDING * both, found, 0)))
 
 
 def combine(
@@ -57,11 +59,11 @@ def combine(
     if not isinstance(bank, MapBank):
         raise ValueError("sidu combines masks")
     counts: Array = expansion.carry
-    rows, shown = scores.T[:-1], scores.T[-1]
+    rows, shown = scores.T, host.posteriors(observation.raw[None], facts.posterior)[0]
     unlike = distances(rows) @ counts
     span = float(np.ptp(unlike))
     told = {}
-    if span <= STILL:
+    if span == 0:
         told = {"reason": "every mask leaves the same scores: none is unlike the others"}
         unlike, span = np.zeros_like(unlike), 1.0
     falls = (shown - rows).astype(np.float64)
@@ -70,7 +72,7 @@ def combine(
     else:
         kept = np.exp(-(falls**2).sum(axis=1) / (2 * SIGMA**2))[None].repeat(len(observation.targets), axis=0)
     weights = kept * (unlike - unlike.min()) / span * counts / (counts.sum() * SHOWN)
-    maps = host.accumulate_maps(bank.maps[:-1], weights)
+    maps = host.accumulate_maps(bank.maps, weights)
     return Combined(host.upsample(maps, facts.size, RULE), tuple(dict(told) for _ in maps))
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 
@@ -38,9 +39,9 @@ def superpixels(parameters: Parameters) -> tuple[Segmentation, ...]:
     return tuple(Segmentation("felzenszwalb", scale) for scale in SCALES)
 
 
-def regions(segmentations: Sequence[Array]) -> Array:
-    """Every segment dilated by a disk, (regions, pixels) bool."""
-    from scipy import ndimage
+def regions(segmentations: Sequence[Array]) -> Any:
+    """Every segment dilated by a disk, (regions, pixels) as a sparse array of ones."""
+    from scipy import ndimage, sparse
 
     y, x = np.mgrid[-DILATED : DILATED + 1, -DILATED : DILATED + 1]
     disk = x**2 + y**2 <= DILATED**2
@@ -48,13 +49,14 @@ def regions(segmentations: Sequence[Array]) -> Array:
     for segments in segmentations:
         for number, box in enumerate(ndimage.find_objects(segments + 1)):
             around = tuple(slice(max(side.start - DILATED, 0), side.stop + DILATED) for side in box)
-            region = np.zeros(segments.shape, bool)
-            region[around] = ndimage.binary_dilation(segments[around] == number, disk)
-            found.append(region.ravel())
-    return np.array(found)
+            rows, columns = np.nonzero(ndimage.binary_dilation(segments[around] == number, disk))
+            found.append((rows + around[0].start) * segments.shape[1] + columns + around[1].start)
+    ends = np.cumsum([0, *(len(pixels) for pixels in found)])
+    shape = (len(found), segmentations[0].size)
+    return sparse.csr_array((np.ones(ends[-1]), np.concatenate(found), ends), shape)
 
 
-def ranked(attribution: Array, candidates: Array) -> tuple[Array, int]:
+def ranked(attribution: Array, candidates: Any) -> tuple[Array, int]:
     """The pixels' densities by region, and how many regions were taken.
 
     The region with the greatest mean over the pixels that it adds is taken, and its pixels get that mean; regions that
@@ -62,20 +64,22 @@ def ranked(attribution: Array, candidates: Array) -> tuple[Array, int]:
 
     Args:
         attribution: (pixels,).
-        candidates: (regions, pixels) bool.
+        candidates: (regions, pixels), a sparse array of ones by rows.
     """
     values = np.zeros(attribution.shape)
     covered = np.zeros(attribution.shape, bool)
-    counts, sums = candidates.sum(axis=1), candidates @ attribution
+    by_pixel = candidates.tocsc()
+    counts, sums = np.diff(candidates.indptr), candidates @ attribution
     taken = 0
     while (eligible := counts >= LEAST_NEW).any():
         gains = np.where(eligible, sums / np.maximum(counts, 1), -np.inf)
         best = int(gains.argmax())
-        new = np.flatnonzero(candidates[best] & ~covered)
+        pixels = candidates.indices[candidates.indptr[best] : candidates.indptr[best + 1]]
+        new = pixels[~covered[pixels]]
         values[new] = gains[best]
         covered[new] = True
-        within = candidates[:, new]
-        counts = counts - within.sum(axis=1)
+        within = by_pixel[:, new]
+        counts = counts - np.rint(within.sum(axis=1)).astype(int)
         sums = sums - within @ attribution[new]
         taken += 1
     if not covered.all():
@@ -111,7 +115,7 @@ def combine(
     for each in density:
         found, taken = ranked(each.ravel(), candidates)
         maps.append(found.reshape(facts.size).astype(np.float32))
-        extras.append({"passes": 2 * len(expansion.carry[0]), "segments": len(candidates), "regions": taken})
+        extras.append({"passes": 2 * len(expansion.carry[0]), "segments": candidates.shape[0], "regions": taken})
     return Combined(np.stack(maps), tuple(extras))
 
 

@@ -107,7 +107,8 @@ def literal_lime(net, x, c, segments, bits, baseline):
 def test_lime_is_weighted_ridge_regression(make_model, kind, baseline):
     path = make_model()
     net, images = Classifier(path), patches(2)
-    method = f"lime:samples=40,superpixels={kind},segments=9,baseline={baseline}"
+    asked = f"superpixels={kind}" + (",segments=9" if kind == "slic" else "")
+    method = f"lime:samples=40,{asked},baseline={baseline}"
     explainer = Explainer(path, method=method, batch_size=16, seed=3)
     result = explainer.explain(images, targets=[1, 2])
     x = images[0]
@@ -189,6 +190,41 @@ def test_scores_that_hiding_does_not_change_are_said_to_be_so(make_model):
         result = Explainer(make_model(), method=method).explain(x)
         assert result.extras[0][0]["segments"] > 1
         assert "same whatever is hidden" in result.extras[0][0]["reason"]
+        assert not result.maps.any()
+        assert not result.saliency().any()
+
+
+def test_a_score_that_is_small_and_changes_has_a_map(make_model):
+    """Hiding changes a posterior of 1e-7 as much as any: what counts is how far it changes beside what it is."""
+    path = make_model()
+    model = onnx.load(path)
+    for tensor in model.graph.initializer:
+        if tensor.name == "b3":
+            bias = onnx.numpy_helper.to_array(tensor).copy()
+            bias[2] -= 14
+            tensor.CopyFrom(onnx.numpy_helper.from_array(bias, "b3"))
+    onnx.save(model, path)
+    for method in ("lime:superpixels=slic,segments=8,samples=60", "kernel-shap:segments=8,samples=60"):
+        result = Explainer(path, method=method).explain(patches(1), targets=[2])
+        assert 0 < result.scores[0, 0] < 1e-5
+        assert "reason" not in result.extras[0][0]
+        assert np.ptp(result.maps[0, 0]) > 0.01 * result.scores[0, 0]
+
+
+@pytest.mark.parametrize(
+    ("method", "told"),
+    [
+        ("lime:segments=20", "segments=20 is a number of slic's; quickshift finds its own"),
+        ("ablation-ca:superpixels=felzenszwalb,segments=10", "felzenszwalb finds its own"),
+        ("ablation-ca:samples=1000000,segments=1000", "1000000 pictures of 1000 segments each are too many"),
+        ("ablation-ca:pairs=exact,segments=1000", "too many: at most 268435456 bits"),
+    ],
+)
+def test_superpixels_that_nothing_reads_or_that_are_too_many_are_refused(make_model, method, told):
+    path = make_model()
+    assert load(path, ["kernel-shap:samples=100000,segments=1000"])
+    with pytest.raises(InputError, match=told):
+        load(path, [method])
 
 
 def kin_literal(name, net, x, c, key):
@@ -272,6 +308,21 @@ def test_sidu_is_the_literal_loop(make_model, difference):
 
 def test_sidu_of_equal_masks_is_a_zero_map_with_its_reason(make_model):
     result = Explainer(make_model(), method="sidu:threshold=1000").explain(pictures(1, SIZE))
+    assert not result.maps.any()
+    assert result.extras[0][0]["reason"].startswith("every mask leaves the same scores")
+
+
+def test_sidu_of_a_network_that_sees_nothing_is_a_zero_map_with_its_reason(make_model):
+    """Many masks, the same scores from each: what their distances differ by is rounding."""
+    path = make_model()
+    model = onnx.load(path)
+    for tensor in model.graph.initializer:
+        if tensor.name == "w3":
+            weights = onnx.numpy_helper.to_array(tensor)
+            tensor.CopyFrom(onnx.numpy_helper.from_array(np.zeros_like(weights), "w3"))
+    onnx.save(model, path)
+    result = Explainer(path, method="sidu").explain(pictures(1, SIZE))
+    assert result.extras[0][0]["passes"] > 3
     assert not result.maps.any()
     assert result.extras[0][0]["reason"].startswith("every mask leaves the same scores")
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import onnx
 import pytest
-from scipy import ndimage
+from scipy import ndimage, sparse
 from skimage.filters import threshold_otsu
 
 from heatmill import Explainer
@@ -143,7 +143,7 @@ def test_a_region_that_adds_too_little_is_passed_by_and_the_rest_has_its_mean():
     attribution[:100], attribution[100:140], attribution[140:] = 2, 9, np.arange(160)
     candidates = np.zeros((3, 300), bool)
     candidates[0, 20:100] = candidates[1, 60:140] = candidates[2, 120:140] = True
-    values, taken = ranked(attribution, candidates)
+    values, taken = ranked(attribution, sparse.csr_array(candidates.astype(float)))
     assert taken == 1
     np.testing.assert_allclose(values[60:140], (40 * 2 + 40 * 9) / 80)
     np.testing.assert_allclose(values[140:], np.concatenate([attribution[:60], attribution[140:]]).mean())
@@ -158,7 +158,7 @@ def test_a_picture_of_one_region_is_flat_and_says_so(make_model):
 def test_regions_reach_five_pixels_beyond_their_segment():
     segments = np.zeros((20, 20), np.int32)
     segments[9:11, 9:11] = 1
-    found = regions([segments]).reshape(2, 20, 20)
+    found = regions([segments]).toarray().astype(bool).reshape(2, 20, 20)
     inner = ndimage.distance_transform_edt(segments != 1) <= 5
     np.testing.assert_array_equal(found[1], inner)
     assert found[0].all()

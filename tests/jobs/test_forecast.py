@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import pytest
 from click.testing import CliRunner
 
-from heatmill import InputError, open_run
+from heatmill import InputError, RunError, open_run
 from heatmill.cli import main
 from heatmill.engine.jobs import forecast as forecasts
 from heatmill.engine.jobs import job as jobs
@@ -66,28 +67,69 @@ def test_observations_alone_are_timed_in_full_batches(make_model, photographs, t
     found = forecast(job(make_model(head="Dense"), photographs, tmp_path / "run", [method]), seconds=0.0)
     assert found["observe_seconds_per_image"] > 0
     assert found["seconds"] > found["start_seconds"]
-    assert "none of its own" in forecast_text(found)
+    assert "rides with the observation" in forecast_text(found)
 
 
 def test_what_fits_a_budget_is_named(make_model, photographs, tmp_path):
     asked = job(make_model(), photographs, tmp_path / "run", ["rise:masks=100000"])
-    assert forecast(asked, budget=1e6, seconds=0.0)["fits"]
-    found = forecast(asked, budget=30.0, seconds=0.0)
-    if found["seconds"] > 30:
-        assert found["fits"] is False
-        costs = [each["seconds"] for each in found["cheaper"]]
-        assert len(costs) == forecasts.OFFERED
-        assert costs == sorted(costs, reverse=True)
-        assert max(costs) <= 30
-        assert "rise" not in {each["method"] for each in found["cheaper"]}
-        assert "these would fit instead" in forecast_text(found)
+    whole = forecast(asked, budget=1e6, seconds=0.0)
+    assert whole["fits"]
+    assert whole["cheaper"] == []
+    budget = whole["start_seconds"] + 0.5 * (whole["seconds"] - whole["start_seconds"])
+    told = []
+    found = forecast(asked, budget=budget, seconds=0.0, tell=told.append)
+    assert found["fits"] is False
+    names = {each["method"] for each in found["cheaper"]}
+    assert names
+    assert names <= {line.removeprefix("trying ") for line in told}
+    costs = [each["seconds"] for each in found["cheaper"]]
+    assert costs == sorted(costs, reverse=True)
+    assert 0 < min(costs) <= max(costs) <= budget
+    assert "rise" not in names
+    assert "these would, each alone, all included" in forecast_text(found)
+
+
+def test_what_rides_with_the_observation_is_not_free(make_model, photographs, tmp_path):
+    asked = job(make_model(head="Dense"), photographs, tmp_path / "run", ["lrp", "rise:masks=1000"])
+    found = forecast(asked, seconds=0.0)
+    lrp, rise = found["methods"]
+    assert (lrp["observation"], rise["observation"]) == ("there and back", "forward")
+    text = forecast_text(found)
+    assert "observation, there and back, once for all: " in text
+    assert "lrp: rides with the observation" in text
+    assert "decoding: " in text
+    parts = found["observe_seconds_per_image"] + found["decode_seconds_per_image"] + rise["seconds_per_image"]
+    assert found["seconds"] == pytest.approx(found["start_seconds"] + 6 * parts)
+
+
+def test_several_devices_share_the_images(make_model, photographs, tmp_path, monkeypatch):
+    asked = job(make_model(), photographs, tmp_path / "run", ["rise:masks=400"])
+    trial = jobs.probe_job(asked, *forecasts.plans.open_job(asked), None)
+    monkeypatch.setattr(forecasts, "probe_job", lambda *given: trial)
+    found = forecast(replace(asked, devices=(0, 1), workers=3), seconds=0.0)
+    network = found["observe_seconds_per_image"] + found["methods"][0]["seconds_per_image"]
+    assert found["seconds"] == pytest.approx(
+        found["start_seconds"] + 6 * (network / 2 + found["decode_seconds_per_image"])
+    )
+
+
+def test_what_a_run_has_is_not_counted_again(make_model, photographs, tmp_path, monkeypatch):
+    monkeypatch.setattr(forecasts.plans, "MAX_SHARD_ROWS", 2)
+    asked = job(make_model(), photographs, tmp_path / "run", ["cam"])
+    assert forecast(asked, seconds=0.0, resume=True)["images"] == 6, "there is none yet"
+    jobs.explain(asked, "quiet")
+    assert forecast(asked, seconds=0.0, resume=True)["images"] == 0
+    (asked.out / "data" / "part-000001.parquet").unlink()
+    assert forecast(asked, seconds=0.0, resume=True)["images"] == 2
+    with pytest.raises(RunError, match="belongs to other settings"):
+        forecast(replace(asked, methods=("rise:masks=9",)), seconds=0.0, resume=True)
 
 
 def test_where_nothing_fits_that_is_said(make_model, photographs, tmp_path):
     found = forecast(job(make_model(), photographs, tmp_path / "run", ["score-cam"]), budget=1e-3, seconds=0.0)
     assert found["fits"] is False
     assert found["cheaper"] == []
-    assert "no cheaper method fits either" in forecast_text(found)
+    assert "no method with its defaults does" in forecast_text(found)
 
 
 def test_images_that_can_not_be_read_are_told(make_model, tmp_path):
@@ -126,5 +168,7 @@ def test_both_commands_say_the_same(make_model, photographs, tmp_path, monkeypat
     assert told["methods"][0]["forward"] == other["methods"][0]["forward"] > 0
     assert (told["fits"], other["fits"]) == (True, None)
     assert not (tmp_path / "run").exists()
+    without = CliRunner().invoke(main, ["explain", *arguments, "--dry-run"])
+    assert without.exit_code == 0, "nothing is written, so no folder is asked for"
     refused = CliRunner().invoke(main, ["plan", *arguments[:2], "--budget", "soon"])
     assert refused.exit_code == 2

@@ -59,7 +59,7 @@ def test_the_regions_and_their_order_are_saliency_s():
     picture = smooth_picture()
     theirs = xrai._get_segments_felzenszwalb(picture.astype(np.float64), resize_image=False, dilation_rad=5)
     ours = regions([cut(picture, Segmentation("felzenszwalb", scale)) for scale in SCALES])
-    np.testing.assert_array_equal(ours.reshape(-1, 224, 224), np.array(theirs))
+    np.testing.assert_array_equal(ours.toarray().reshape(-1, 224, 224).astype(bool), np.array(theirs))
     attribution = reference.upsample(np.random.default_rng(3).normal(size=(1, 14, 14)), (224, 224))[0]
     details = xrai.XRAI().GetMaskWithDetails(
         picture.astype(np.float64),
