@@ -36,6 +36,7 @@ from .types import (
     MethodCall,
     Observation,
     PathBank,
+    RankBank,
     Returned,
     SegmentBank,
     TapBank,
@@ -66,6 +67,12 @@ def _blurred(image: Array, spec: ModelSpec, size: str = "51", sigma: str = "50")
     return host.blur(image.transpose(2, 0, 1).astype(np.float32), kernel, deviation).transpose(1, 2, 0)
 
 
+def _rise_blurred(image: Array, spec: ModelSpec) -> Array:
+    if spec.layout == "NCHW":
+        return host.rise_blur(image.astype(np.float32))
+    return host.rise_blur(image.transpose(2, 0, 1).astype(np.float32)).transpose(1, 2, 0)
+
+
 def _segment_means(image: Array, spec: ModelSpec, segments: Array) -> Array:
     if spec.layout == "NCHW":
         return host.segment_means(image, segments)
@@ -80,11 +87,14 @@ def _greatest(image: Array, spec: ModelSpec) -> Array:
     return np.array(image.max(), dtype=np.float32)
 
 
+ROAD = "road"
+
 BASELINES: dict[str, Callable[..., Array | None]] = {
     "zero": lambda image, spec: None,
     "black": _black,
     "mean": _mean,
     "blur": _blurred,
+    "rise-blur": _rise_blurred,
     "least": _least,
     "greatest": _greatest,
 }
@@ -257,7 +267,7 @@ class Engine:
         starts: Array | None = None
         for run in batch.runs:
             if run.observe:
-                targets[run.slot] = self._wanted(self._states[run.key].item.label)
+                targets[run.slot] = self._wanted(self._states[run.key].item)
                 continue
             key, method = run.key
             state = self._states[key]
@@ -268,14 +278,16 @@ class Engine:
                 starts[run.slots] = expansion.starts[taken]
         return chosen.run(self._buffer[:size], targets, starts)
 
-    def _wanted(self, label: int | None) -> list[int]:
+    def _wanted(self, item: Item) -> list[int]:
         """The targets as a backward graph takes them: classes, and -r for rank r."""
+        if item.targets is not None:
+            return list(item.targets)
         wanted: list[int] = []
         for target in self.targets:
             if target.kind == "top":
                 wanted += [-rank for rank in range(1, target.value + 1)]
             elif target.kind == "label":
-                wanted.append(_labelled(label))
+                wanted.append(_labelled(item.label))
             else:
                 wanted.append(-1 if target.kind == "predicted" else target.value)
         return wanted
@@ -297,8 +309,15 @@ class Engine:
         if isinstance(bank, TapBank) and features is not None:
             np.multiply(features, bank.masks[rows], out=self._taps[run.slots])
             return
-        baseline, layout = self._baseline(state, asked), self.loaded.spec.layout
+        layout = self.loaded.spec.layout
         masks = self._masks[: run.stop - run.start]
+        if isinstance(bank, RankBank):
+            _rank_masks(bank, rows, masks)
+        if asked.baseline == ROAD:
+            noise = self._road_noise(state.item, bank, rows)
+            host.impute(image, masks, noise, layout, out=place)
+            return
+        baseline = self._baseline(state, asked)
         if isinstance(bank, PathBank):
             masks[:] = bank.shares[rows, None, None]
             for i, draw in enumerate(bank.draws[rows]):
@@ -336,6 +355,17 @@ class Engine:
         deviation = share * (float(image.max()) - float(image.min()))
         return np.asarray(image + deviation * generator.standard_normal(image.shape, dtype=np.float32))
 
+    def _road_noise(self, item: Item, bank: Bank | None, rows: slice) -> Array:
+        """Standard normal numbers for imputed rows; those of one image are the same for every map and method."""
+        if not isinstance(bank, RankBank):
+            raise ValueError("only rank masks are imputed")
+        noise = np.empty((rows.stop - rows.start, *item.image.shape), dtype=np.float32)
+        for out, threshold, shown in zip(noise, bank.thresholds[rows], bank.shown[rows], strict=True):
+            stream = [0, 0, crc32(ROAD.encode()), 2 * int(threshold) + int(shown)]
+            generator = np.random.Generator(np.random.Philox(key=self._key(item.identity), counter=stream))
+            generator.standard_normal(dtype=np.float32, out=out)
+        return noise
+
     def _key(self, identity: str) -> Array:
         """Philox's key for the random numbers of an image."""
         digest = int.from_bytes(hashlib.blake2b(identity.encode(), digest_size=8).digest(), "little")
@@ -355,7 +385,7 @@ class Engine:
         state.raw = raw
         if not np.isfinite(raw).all() or (features is not None and not np.isfinite(features).all()):
             return [run.key]
-        state.targets = self._resolve(raw, state.item.label, passed.classes[slot])
+        state.targets = self._resolve(raw, state.item, passed.classes[slot])
         classes = np.array([target for target, _ in state.targets])
         first: dict[int, Expansion] = {}
         for method, call in enumerate(self.loaded.calls):
@@ -368,7 +398,8 @@ class Engine:
             key = self._key(state.item.identity)
             names = call.method.layers(self.loaded.facts, call.parameters)
             layers = tuple(passed.layers[name][slot].copy() for name in names)
-            observation = Observation(image, raw, classes, features, returned, layers, segments, key)
+            given = state.item.given
+            observation = Observation(image, raw, classes, features, returned, layers, segments, key, given)
             state.observations[method] = observation
             if not all(np.isfinite(found.values).all() for found in returned):
                 state.expansions[method] = Expansion()  # without a map, its rows are nonfinite
@@ -420,14 +451,14 @@ class Engine:
             state.combined[method] = combined
         return None
 
-    def _resolve(self, raw: Array, label: int | None, classes: Array) -> list[tuple[int, str]]:
+    def _resolve(self, raw: Array, item: Item, classes: Array) -> list[tuple[int, str]]:
         """The class and source of each target; a backward graph has already said which classes it took."""
+        sources = [source for _, source in target_rows(self.targets, item.label)]
         if len(classes):
-            sources = [source for _, source in target_rows(self.targets, label)]
             return [(int(found), source) for found, source in zip(classes, sources, strict=True)]
         ranked = np.argsort(-raw, kind="stable")
-        wanted = [int(ranked[-target - 1]) if target < 0 else target for target in self._wanted(label)]
-        return list(zip(wanted, [source for _, source in target_rows(self.targets, label)], strict=True))
+        wanted = [int(ranked[-target - 1]) if target < 0 else target for target in self._wanted(item)]
+        return list(zip(wanted, sources, strict=True))
 
     def _score(self, scheduler: Scheduler, run: Run, raw: Array) -> list[Hashable]:
         """Give some rows' scores to every method that takes from them."""
@@ -521,7 +552,7 @@ class Engine:
                     yield self._nonfinite(key, call, target, source, float(posterior[k]), pred, float(posterior[-1]))
                     continue
                 extras = {**expansion.extras, **combined.extras[k], **self._notes[method]}
-                if finish.flat(raw_map[None])[0]:
+                if raw_map.size and finish.flat(raw_map[None])[0]:
                     extras.setdefault("reason", "flat: every position weighs the same")
                 yield Explanation(
                     key,
@@ -533,7 +564,7 @@ class Engine:
                     float(posterior[-1]),
                     "ok",
                     None,
-                    raw_map,
+                    raw_map if raw_map.size else None,
                     extras,
                     self.loaded.facts.size,
                     combined.arrays[k] if combined.arrays else {},
@@ -564,6 +595,17 @@ def _of(expansion: Expansion) -> Array:
     if expansion.of is None:
         raise ValueError("rows through a backward pass must say which target each belongs to")
     return expansion.of
+
+
+def _rank_masks(bank: RankBank, rows: slice, out: Array) -> None:
+    """Masks of some rows: those of one map, taken away or shown alike, are made together."""
+    of, thresholds, shown = bank.of[rows], bank.thresholds[rows], bank.shown[rows]
+    edges = np.flatnonzero(np.diff(of) | np.diff(shown.astype(np.int8))) + 1
+    for part in np.split(np.arange(len(of)), edges):
+        masks = out[part[0] : part[-1] + 1]
+        host.rank_masks(bank.ranks[of[part[0]]], thresholds[part], out=masks)
+        if shown[part[0]]:
+            np.subtract(1, masks, out=masks)
 
 
 def _labelled(label: int | None) -> int:

@@ -9,11 +9,13 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from .reference import reflect, source_position
+from .reference import reflect, rise_taps, source_position
 
 Array = npt.NDArray[Any]
 
 CACHE_BYTES = 1 << 20  # masked images are made in pieces that stay in a core's cache
+IMPUTE_TOLERANCE = 1e-4
+IMPUTE_ROUNDS = 400
 
 
 @lru_cache(maxsize=64)
@@ -108,9 +110,10 @@ def segment_means(image: Array, segments: Array) -> Array:
     return np.stack(means)[:, segments].astype(np.float32)
 
 
-def rank_masks(ranks: Array, thresholds: Array) -> Array:
+def rank_masks(ranks: Array, thresholds: Array, out: Array | None = None) -> Array:
     """Masks (n, H, W) float32 of the ranks from a threshold on; see `reference.rank_masks`."""
-    return (ranks >= thresholds[:, None, None]).astype(np.float32)
+    masks = np.empty((len(thresholds), *ranks.shape), np.float32) if out is None else out
+    return np.greater_equal(ranks, thresholds[:, None, None], out=masks, casting="unsafe")
 
 
 def blend(
@@ -160,6 +163,91 @@ def blur(image: Array, kernel_size: int, sigma: float) -> Array:
     _, h, w = image.shape
     rows, columns = _blur_matrix(h, kernel_size, sigma), _blur_matrix(w, kernel_size, sigma)
     return np.asarray(rows @ (image.astype(np.float32) @ columns.T), dtype=image.dtype)
+
+
+@lru_cache(maxsize=8)
+def _rise_matrix(n: int) -> Array:
+    matrix = np.zeros((n, n), dtype=np.float32)
+    for d, tap in enumerate(rise_taps(), -5):
+        matrix += np.diag(np.full(max(n - abs(d), 0), tap, dtype=np.float32), d) if abs(d) < n else 0
+    return matrix
+
+
+def rise_blur(image: Array) -> Array:
+    """The blur of RISE's evaluation of a (c, H, W) image; see `reference.rise_blur`."""
+    _, h, w = image.shape
+    return np.asarray(_rise_matrix(h) @ (image.astype(np.float32) @ _rise_matrix(w)), dtype=image.dtype)
+
+
+def impute(image: Array, masks: Array, noise: Array, layout: str = "NCHW", out: Array | None = None) -> Array:
+    """One image, what (n, H, W) masks hide interpolated, written to `out`; see `reference.impute`.
+
+    The system is solved to IMPUTE_TOLERANCE of the image's greatest value, well below its noise.
+    """
+    if out is None:
+        out = np.empty((len(masks), *image.shape), dtype=image.dtype)
+    last = layout != "NCHW"
+    planes = np.ascontiguousarray(image.transpose(2, 0, 1) if last else image, dtype=np.float32)
+    unit = 0.01 * (255 if image.dtype == np.uint8 else 1)
+    for mask, shift, place in zip(masks, noise, out, strict=True):
+        hidden = mask < 0.5
+        filled = _interpolated(planes, ~hidden)
+        filled += np.float32(unit) * hidden * (shift.transpose(2, 0, 1) if last else shift)
+        if image.dtype == np.uint8:
+            np.clip(np.rint(filled, out=filled), 0, 255, out=filled)
+        place[...] = filled.transpose(1, 2, 0) if last else filled
+    return out
+
+
+def _interpolated(planes: Array, known: Array) -> Array:
+    """Planes (c, h, w) whose unknown pixels are the mean of their neighbours.
+
+    Conjugate gradients, from the solution of half the size as a start: what is left of the error is of short waves.
+    """
+    h, w = known.shape
+    start = np.where(known, planes, np.float32(0))
+    if known.all() or not known.any():
+        return start
+    if min(h, w) > 4:
+        half = (-(-h // 2), -(-w // 2))
+        pad = ((0, 2 * half[0] - h), (0, 2 * half[1] - w))
+        share = np.pad(known, pad).astype(np.float32).reshape(half[0], 2, half[1], 2).sum(axis=(1, 3))
+        sums = np.pad(start, ((0, 0), *pad)).reshape(-1, half[0], 2, half[1], 2).sum(axis=(2, 4))
+        coarse = _interpolated(sums / np.maximum(share, 1), share > 0)
+        start = np.where(known, planes, upsample(coarse, (2 * half[0], 2 * half[1]))[:, :h, :w])
+    free = (~known).astype(np.float32)
+    total = _neighbours(np.ones((1, h, w), np.float32))
+    x = start
+    left = free * (_neighbours(x) - total * x)
+    direction = left / total
+    fit = np.einsum("chw,chw->c", left, direction)
+    limit = IMPUTE_TOLERANCE * max(float(np.abs(planes).max()), 1e-12)
+    for _ in range(IMPUTE_ROUNDS):
+        if float(np.abs(left).max()) <= limit:
+            break
+        turned = free * (total * direction - _neighbours(direction))
+        along = np.einsum("chw,chw->c", direction, turned)
+        step = np.divide(fit, along, out=np.zeros_like(fit), where=along > 0)[:, None, None]
+        x += step * direction
+        left -= step * turned
+        scaled = left / total
+        before, fit = fit, np.einsum("chw,chw->c", left, scaled)
+        direction *= np.divide(fit, before, out=np.zeros_like(fit), where=before > 0)[:, None, None]
+        direction += scaled
+    return x
+
+
+def _neighbours(x: Array) -> Array:
+    """Sums of the eight neighbours, 1/6 the direct and 1/12 the diagonal ones, of planes (c, h, w)."""
+    tall = 2 * x
+    tall[:, 1:] += x[:, :-1]
+    tall[:, :-1] += x[:, 1:]
+    wide = 2 * tall
+    wide[:, :, 1:] += tall[:, :, :-1]
+    wide[:, :, :-1] += tall[:, :, 1:]
+    wide -= 4 * x
+    wide *= np.float32(1 / 12)
+    return wide
 
 
 def posteriors(raw: Array, kind: str) -> Array:
