@@ -280,18 +280,16 @@ class Run:
         Raises:
             RunError: a part is damaged.
         """
-        finishes: dict[str, tuple[str, ...]] = {}
         for path in self.parts():
-            for values, raw in self._values(path):
-                call = values["method"]
-                if method is not None and plain(method) not in (plain(call), plain(call.partition(":")[0])):
-                    continue
-                if target not in (None, values["target"]) or status not in (None, values["status"]):
-                    continue
-                if call not in finishes:
-                    parsed = parse_method(call)
-                    finishes[call] = parsed.method.finish(parsed.parameters)
-                yield self._row(values, raw, finishes[call])
+            yield from self._part_rows(path, method, target, status)
+
+    def shard_rows(self, shard: int) -> Iterator[Row]:
+        """The rows of one committed shard, in plan order.
+
+        Raises:
+            RunError: its part is damaged.
+        """
+        yield from self._part_rows(self.path / part_name(shard))
 
     def table(self) -> pa.Table:
         """Every column but the maps.
@@ -306,6 +304,21 @@ class Run:
                 table = pq.read_table(path, columns=kept, page_checksum_verification=True)
                 tables.append(table.replace_schema_metadata())
         return pa.concat_tables(tables) if tables else pa.schema(COLUMNS).empty_table().select(kept)
+
+    def _part_rows(
+        self, path: Path, method: str | None = None, target: int | None = None, status: str | None = None
+    ) -> Iterator[Row]:
+        finishes: dict[str, tuple[str, ...]] = {}
+        for values, raw in self._values(path):
+            call = values["method"]
+            if method is not None and not names_call(method, call):
+                continue
+            if target not in (None, values["target"]) or status not in (None, values["status"]):
+                continue
+            if call not in finishes:
+                parsed = parse_method(call)
+                finishes[call] = parsed.method.finish(parsed.parameters)
+            yield self._row(values, raw, finishes[call])
 
     def _values(self, path: Path) -> Iterator[tuple[dict[str, Any], Array | None]]:
         """The columns of each row of a part, and its map."""
@@ -352,14 +365,19 @@ class Run:
         )
 
 
+def names_call(asked: str, call: str) -> bool:
+    """Whether a user's word for a method means a stored call: all of it, or its name."""
+    return plain(asked) in (plain(call), plain(call.partition(":")[0]))
+
+
 DAMAGE = (OSError, pa.ArrowException, zstandard.ZstdError, zipfile.BadZipFile, ValueError, LookupError)
 
 
 class naming:
-    """Damage found while a part is read becomes one line that names it."""
+    """Damage found while a part is read becomes one line that names it, and what makes it again."""
 
-    def __init__(self, path: Path) -> None:
-        self._path = path
+    def __init__(self, path: Path, again: str = "heatmill explain with the same settings") -> None:
+        self._path, self._again = path, again
 
     def __enter__(self) -> None:
         return None
@@ -367,8 +385,7 @@ class naming:
     def __exit__(self, kind: object, err: BaseException | None, trace: object) -> None:
         if isinstance(err, DAMAGE):
             raise RunError(
-                f"{self._path}: damaged ({_first_line(err)}); "
-                "delete it, and heatmill explain with the same settings makes it again"
+                f"{self._path}: damaged ({_first_line(err)}); delete it, and {self._again} makes it again"
             ) from err
 
 
