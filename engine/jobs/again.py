@@ -155,7 +155,7 @@ class Again:
                 yield Item(row, prepared.image, listed.get("target"), prepared.segments, listed["id"], targets)
 
     def _noisy(self, item: Item, sample: int, radius: float) -> Array:
-        """The image plus uniform noise that depends on the seed, the image and its number; of uint8, in shares of 255."""
+        """The image plus uniform noise, of the seed, the image and its number; for uint8 in shares of 255."""
         digest = int.from_bytes(hashlib.blake2b(item.identity.encode(), digest_size=8).digest(), "little")
         stream = [0, 0, crc32(b"max-sensitivity"), sample]
         key = np.array([self._work.seed, digest], np.uint64)
