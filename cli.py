@@ -462,15 +462,7 @@ def verify(run: Path, as_json: bool, debug: bool) -> int:
     help="List the metrics and presets, and do nothing.",
 )
 @common_options
-def evaluate(
-    runs: tuple[Path, ...],
-    by: tuple[str, ...],
-    out: Path | None,
-    quiet: bool,
-    as_json: bool,
-    debug: bool,
-    **options: Any,
-) -> None:
+def evaluate(runs: tuple[Path, ...], out: Path | None, quiet: bool, as_json: bool, debug: bool, **options: Any) -> None:
     """Measure how far a run's maps can be trusted, and compare methods and runs.
 
     Metric rows go to RUN/metrics, beside the maps; what is there already is kept. The table is printed, and written as
@@ -488,7 +480,7 @@ def evaluate(
 
     found = measure(Evaluation(runs=runs, **options), "quiet" if quiet else "auto")
     opened = [open_run(run) for run in runs]
-    table = compare_metrics(opened, options["metrics"], [each.methods for each in found], by)
+    table = compare_metrics(opened, options["metrics"], [each.methods for each in found], options["by"])
     page = write_pages(table, opened, out or runs[0] / "report" / "evaluation")
     if as_json:
         told = [{name: getattr(each, name) for name in each.__slots__} for each in found]

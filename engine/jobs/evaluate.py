@@ -28,6 +28,7 @@ from .job import lock
 from .progress import Progress
 from .store import Row
 from .stored import Maps, Stored, refused, targets_of
+from .table import check_slices
 from .worker import Prepared, ahead, prepare
 
 
@@ -38,6 +39,7 @@ class Evaluation:
     runs: tuple[Path, ...]
     metrics: tuple[str, ...] = ("standard",)
     methods: tuple[str, ...] = ()
+    by: tuple[str, ...] = ()
     model: Path | None = None
     workers: int | None = None
 
@@ -100,6 +102,8 @@ def evaluate(job: Evaluation, style: str = "auto") -> list[Evaluated]:
         if not any(store.names_call(asked, call) for calls in chosen for call in calls):
             known = list(dict.fromkeys(method["call"] for run in opened for method in run.settings["methods"]))
             raise InputError(f"no run has the method {asked!r}; {nearest(asked.casefold(), known)}")
+    for run in opened:
+        check_slices(run, job.by)
     found = []
     for run, methods in zip(opened, chosen, strict=True):
         with lock(run.path):

@@ -35,6 +35,11 @@ class Entry:
     source: str
     target: int | None = None
 
+    @property
+    def kind(self) -> tuple[str, int | None]:
+        """What was explained: only entries of one kind are compared."""
+        return self.source, self.target
+
 
 Extreme = tuple[str, str, float]  # id, uri, value
 
@@ -102,22 +107,22 @@ class Comparison:
     extremes: Mapping[tuple[str, int], tuple[list[Extreme], list[Extreme]]]
     notes: tuple[str, ...]
 
-    @property
-    def leaders(self) -> dict[str, int]:
-        """By metric, the entry with the best mean."""
-        found = {}
-        for call in self.metrics:
-            cells = {i: cell for (text, i), cell in self.slices[0].cells.items() if text == call.text and cell.n}
-            if cells:
-                best = max if call.metric.better == "higher" else min
-                found[call.text] = best(cells.items(), key=lambda each: each[1].mean)[0]
-        return found
+    def leader(self, metric: str, entry: int) -> int | None:
+        """The entry with the best mean of a metric, among those of one entry's kind; None where there is no value."""
+        kind = self.entries[entry].kind
+        means = {
+            i: self.slices[0].cells[metric, i].mean
+            for i, other in enumerate(self.entries)
+            if other.kind == kind and self.slices[0].cells[metric, i].n
+        }
+        better = next(call.metric.better for call in self.metrics if call.text == metric)
+        return (max if better == "higher" else min)(means, key=means.__getitem__) if means else None
 
     def level(self, metric: str, entry: int) -> bool:
         """Whether an entry can't be told from the best of a metric."""
-        leader = self.leaders.get(metric)
-        pairs = (d for d in self.differences if d.metric == metric and {d.a, d.b} == {leader, entry})
-        return entry == leader or any(not d.distinguishable for d in pairs)
+        best = self.leader(metric, entry)
+        pairs = (d for d in self.differences if d.metric == metric and {d.a, d.b} == {best, entry})
+        return entry == best or any(not d.distinguishable for d in pairs)
 
 
 @dataclass(frozen=True, slots=True)
@@ -128,6 +133,20 @@ class _Column:
     curves: Sequence[Array | None]
     statuses: Sequence[str | None]
     terms: Array  # (n, p), NaN where there is no value
+
+
+def check_slices(run: store.Run, by: Sequence[str]) -> None:
+    """Refuse to slice by what a run does not know.
+
+    Raises:
+        InputError: it has no such column, or no labels.
+    """
+    plan = store.read_plan(run.path, run.settings)
+    for column in by:
+        if column == "correct" and not any(plan["label"].to_pylist()):
+            raise InputError(f"--by correct: the images of {run.path} have no labels; a manifest can give them")
+        if column not in ("class", "correct", "label"):
+            _extra(run, plan, column)
 
 
 def compare_metrics(
@@ -149,6 +168,8 @@ def compare_metrics(
         InputError: a column that there is none of, or no metric row at all.
     """
     calls = parse_metrics(metrics)
+    for run in runs:
+        check_slices(run, by)
     entries = _entries(runs, methods)
     tables = [measures.read(run, [call.text for call in calls]) for run in runs]
     if not sum(table.num_rows for table in tables):
@@ -304,7 +325,7 @@ def _differences(
 ) -> Iterator[Difference]:
     for call in calls:
         mine = [columns[call.text, i] for i in range(len(entries))]
-        pairs = list(combinations(range(len(entries)), 2))
+        pairs = [(a, b) for a, b in combinations(range(len(entries)), 2) if entries[a].kind == entries[b].kind]
         within = [np.isfinite(mine[a].values) & np.isfinite(mine[b].values) for a, b in pairs]
         sign = 1 if call.metric.better == "higher" else -1
         found = []
@@ -370,8 +391,6 @@ def _slicing(run: store.Run, entry: Entry, column: str, place: Mapping[str, int]
         rows = _of_entry(run.table(), entry)
         names = tuple(run.settings["spec"].get("label_names") or ())
         labels = dict(zip(plan["id"].to_pylist(), plan["label"].to_pylist(), strict=True))
-        if column == "correct" and not any(labels.values()):
-            raise InputError(f"--by correct: the images of {run.path} have no labels; a manifest can give them")
         for name, target, pred in zip(*(rows[key].to_pylist() for key in ("id", "target", "pred")), strict=True):
             if column == "class" and target is not None:
                 found[place[name]] = names[target] if target < len(names) else str(target)

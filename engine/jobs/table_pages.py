@@ -27,8 +27,10 @@ MOST_LINES = 12
 
 
 def number(value: float) -> str:
-    """Three digits behind the point; a dash where there is no number."""
-    return f"{value:.3f}" if math.isfinite(value) else "-"
+    """Three digits behind the point, two digits of small numbers, a dash where there is no number."""
+    if not math.isfinite(value):
+        return "-"
+    return f"{value:.3f}" if value == 0 or abs(value) >= 0.001 else f"{value:.1e}"
 
 
 def spread(cell: Cell) -> str:
@@ -65,10 +67,10 @@ def table_text(found: Comparison) -> str:
 
 def _mark(found: Comparison, part: Slice, metric: str, entry: int) -> str:
     """`*` for the best, `=` for what can't be told from it; only of all images together."""
-    if part.column or len(found.entries) < 2 or not part.cells[metric, entry].n:
+    rivals = sum(other.kind == found.entries[entry].kind for other in found.entries)
+    if part.column or rivals < 2 or not part.cells[metric, entry].n:
         return " "
-    leader = found.leaders.get(metric)
-    return "*" if entry == leader else "=" if found.level(metric, entry) else " "
+    return "*" if entry == found.leader(metric, entry) else "=" if found.level(metric, entry) else " "
 
 
 # --- Markdown and CSV -----------------------------------------------------------------------------------------

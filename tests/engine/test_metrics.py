@@ -221,7 +221,8 @@ def test_rows_of_many_maps_are_shared_and_their_batch_does_not_matter(path):
 def test_road_is_the_literal_imputation(path, net):
     x, maps = pictures(1, SIZE)[0], smooth_maps(1)
     found, _ = measured(path, ["road"], [[subjects(maps)]], [x], targets=((3,),), seed=9)
-    key = [9, int.from_bytes(hashlib.blake2b(b"image 0", digest_size=8).digest(), "little")]
+    digest = int.from_bytes(hashlib.blake2b(b"image 0", digest_size=8).digest(), "little")
+    key = np.array([9, digest], np.uint64)
     order = official_order(maps[0])
     scores = {"first": [], "last": []}
     for percent in range(10, 100, 10):
