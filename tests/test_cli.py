@@ -29,7 +29,19 @@ from tests.architectures import vit
 from tests.engine.test_trt import install
 
 ROOT = Path(__file__).resolve().parents[1]
-COMMANDS = ["bench", "compile", "demo", "doctor", "explain", "inspect", "methods", "plan", "report", "verify"]
+COMMANDS = [
+    "bench",
+    "compile",
+    "demo",
+    "doctor",
+    "evaluate",
+    "explain",
+    "inspect",
+    "methods",
+    "plan",
+    "report",
+    "verify",
+]
 
 
 @pytest.fixture
