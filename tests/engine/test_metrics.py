@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from pathlib import Path
 from zlib import crc32
 
 import numpy as np
@@ -22,6 +23,7 @@ from heatmill.engine.types import Item, Measured, Subject, Target
 from heatmill.kernels import host, reference
 from tests.engine.test_methods import Classifier, pictures
 
+ROOT = Path(__file__).resolve().parents[2]
 SIZE = (33, 29)
 PIXELS = SIZE[0] * SIZE[1]
 RNG = np.random.default_rng(3)
@@ -432,3 +434,6 @@ def test_every_metric_says_what_it_is(name):
     assert metric.summary
     assert metric.citation
     assert (metric.again is None) == (metric.compare is None)
+    told = (ROOT / "docs" / "metrics.md").read_text()
+    heading = next(line for line in told.splitlines() if line.startswith("### ") and name in line)
+    assert f"({metric.better} is better)" in heading
