@@ -244,11 +244,44 @@ def _half(shape: tuple[int, ...]) -> tuple[int, int]:
     return -(-shape[0] // 2), -(-shape[1] // 2)
 
 
-def _doubling(shape: tuple[int, int]) -> tuple[Array, Array]:
-    """Bilinear matrices (h, ceil(h / 2)) and (w, ceil(w / 2)) to twice the size, cut to `shape`."""
-    (h, w), (rows, columns) = shape, _half(shape)
-    tall, wide = _resize_matrix32(rows, 2 * rows, "half-pixel"), _resize_matrix32(columns, 2 * columns, "half-pixel")
-    return tall[:h], wide[:w]
+def _doubled(planes: Array, shape: tuple[int, int]) -> Array:
+    """Bilinear resize of planes (c, h, w) to twice the size, cut to `shape`; no BLAS, whose threads would contend with
+    a runtime's between its calls."""
+    wide = _stretched(planes.swapaxes(1, 2))[:, : shape[1]].swapaxes(1, 2)
+    return _stretched(wide)[:, : shape[0]]
+
+
+def _stretched(planes: Array) -> Array:
+    """Planes (c, h, w) at twice the height."""
+    out = np.empty((planes.shape[0], 2 * planes.shape[1], planes.shape[2]), np.float32)
+    near, far = np.float32(0.75) * planes, np.float32(0.25) * planes
+    out[:, 0::2] = near
+    out[:, 1::2] = near
+    out[:, 2::2] += far[:, :-1]
+    out[:, 1:-1:2] += far[:, 1:]
+    out[:, 0] += far[:, 0]
+    out[:, -1] += far[:, -1]
+    return out
+
+
+def _gathered(planes: Array, half: tuple[int, int]) -> Array:
+    """The transpose of `_doubled`, from planes (c, h, w)."""
+    short = _squeezed(planes, half[0])
+    return _squeezed(short.swapaxes(1, 2), half[1]).swapaxes(1, 2)
+
+
+def _squeezed(planes: Array, height: int) -> Array:
+    """The transpose of `_stretched`, to a height of which twice is at most one more than the planes'."""
+    even, odd = planes[:, 0::2], planes[:, 1::2]
+    out = np.float32(0.75) * even
+    out[:, : odd.shape[1]] += np.float32(0.75) * odd
+    quarter = np.float32(0.25) * odd
+    out[:, :-1] += np.float32(0.25) * even[:, 1:]
+    out[:, 1:] += quarter[:, : height - 1]
+    out[:, 0] += np.float32(0.25) * even[:, 0]
+    if odd.shape[1] == height:
+        out[:, -1] += quarter[:, -1]
+    return out
 
 
 def _filled(planes: Array, known: Array) -> Array:
@@ -258,8 +291,7 @@ def _filled(planes: Array, known: Array) -> Array:
     half = _half(known.shape)
     share = _halved(known[None].astype(np.float32), half)
     means = _halved(np.where(known, planes, np.float32(0)), half) / np.maximum(share, 1)
-    tall, wide = _doubling(known.shape)
-    return np.where(known, planes, tall @ _filled(means, share[0] > 0) @ wide.T)
+    return np.where(known, planes, _doubled(_filled(means, share[0] > 0), known.shape))
 
 
 def _levels(known: Array) -> list[tuple[Array, Array]]:
@@ -282,10 +314,9 @@ def _cycle(left: Array, levels: list[tuple[Array, Array]]) -> Array:
     free, total = levels[0]
     error = left / total
     if len(levels) > 1:
-        tall, wide = _doubling(free.shape)
         rest = left - free * (total * error - _neighbours(error))
-        coarse = levels[1][0] * (tall.T @ rest @ wide)
-        error += free * (tall @ _cycle(coarse, levels[1:]) @ wide.T)
+        coarse = levels[1][0] * _gathered(rest, _half(free.shape))
+        error += free * _doubled(_cycle(coarse, levels[1:]), free.shape)
     elif min(free.shape) <= COARSEST:
         for _ in range(2 * max(free.shape)):
             error += free * (left - total * error + _neighbours(error)) / total
