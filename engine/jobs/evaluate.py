@@ -53,7 +53,8 @@ class Evaluated:
         rows: metric rows that there are now of what was asked, by status.
         computed: shards of a group of metrics that were new.
         shards: with maps, and of the whole run.
-        stages: seconds of the engine's stages, and the whole; empty where nothing was computed.
+        stages: seconds of the engine's stages over the maps as they are, and of all of it but opening the model (wall);
+            empty where nothing was computed.
     """
 
     run: str
@@ -177,12 +178,12 @@ def missing(
 
 def measure(work: Stored, group: Group, progress: Progress, stages: Counter[str]) -> None:
     """Metrics of the maps as they are."""
-    began = time.perf_counter()
     loaded = measuring(plans.load_for(work.plan, work.model), group.metrics, len(group.methods))
     session = work.open(loaded)
     loaded.release()
     engine = Engine(loaded, session, work.plan.targets, work.size, work.seed)
     collector = Collector(work, group, progress)
+    began = time.perf_counter()
     with ThreadPoolExecutor(work.threads) as pool:
         try:
             items = _items(work, pool, group, loaded, collector)
