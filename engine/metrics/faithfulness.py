@@ -18,11 +18,12 @@ PERCENTS = tuple(range(10, 100, 10))
 MASK_SPACE = {"black": "pixel"}  # a mask over black is the same in pixels and in the network's units
 
 
-def positive(saliency: Array) -> Array:
-    """A finished map as a mask (H, W) in 0..1: its positive part over its greatest value; zero where there is none."""
+def as_mask(saliency: Array) -> Array:
+    """A finished map as a mask (H, W): as it is within 0..1, else its positive part over its greatest value."""
+    if saliency.min() >= 0 and saliency.max() <= 1:
+        return np.asarray(saliency, dtype=np.float32)
     above = np.maximum(saliency, 0)
-    top = float(above.max())
-    return np.asarray(above / top if top > 0 else above, dtype=np.float32)
+    return np.asarray(above / max(float(above.max()), np.finfo(np.float32).tiny), dtype=np.float32)
 
 
 def quota(share: float, pixels: int) -> int:
@@ -54,8 +55,8 @@ def first_pixels(subject: Subject, thresholds: Array, shown: Array) -> RankBank:
 
 
 def cut(saliency: Array, ranks: Array, keep: float) -> Array:
-    """The mask (H, W) of `positive`, zero outside of the share of pixels that rank first."""
-    mask = positive(saliency)
+    """The mask (H, W) of `as_mask`, zero outside of the share of pixels that rank first."""
+    mask = as_mask(saliency)
     return np.where(ranks < quota(keep, mask.size), mask, np.float32(0))
 
 

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from ..types import Array, Measured, Metric, Parameter, Parameters, Subject
-from .faithfulness import FLAT, positive
+from .faithfulness import FLAT
 
 REASONS = {"no_boxes": "the image has no boxes", "box_outside": "no box covers a pixel that the model saw"}
 
@@ -94,8 +94,8 @@ def overlap(box: tuple[float, ...], others: Array) -> float:
 
 def overlaps(saliency: Array, boxes: Array, thresholds: Sequence[float]) -> Array:
     """At each threshold, a share of the greatest value, how the map's box meets the given ones."""
-    mask = positive(saliency)
-    found = [largest_box(mask >= threshold) for threshold in thresholds]
+    top = float(saliency.max())
+    found = [largest_box(np.maximum(saliency, 0) >= threshold * top) for threshold in thresholds]
     return np.array([0.0 if box is None else overlap(box, boxes) for box in found], dtype=np.float32)
 
 

@@ -14,7 +14,7 @@ from heatmill import InputError
 from heatmill.engine.evaluator import measuring, ranked
 from heatmill.engine.explainer import Engine
 from heatmill.engine.metrics import METRICS, PRESETS, parse_metrics
-from heatmill.engine.metrics.faithfulness import area, counts, cut, drop, gain, increase, quota
+from heatmill.engine.metrics.faithfulness import area, as_mask, counts, cut, drop, gain, increase, quota
 from heatmill.engine.metrics.localization import box_mask, energy, hits, largest_box, overlap
 from heatmill.engine.metrics.robustness import rank_correlation, relative_change
 from heatmill.engine.metrics.statistics import gini
@@ -175,6 +175,15 @@ def test_a_cut_keeps_exactly_its_share():
     for muted in (0.5, 0.85):
         literal = lcam_cut(with_ties, muted) > 0
         np.testing.assert_array_equal(cut(with_ties, ranked(with_ties), 1 - muted) > 0, literal)
+
+
+def test_maps_within_0_and_1_are_masks_as_they_are():
+    half = smooth_maps(1)[0] / 2
+    np.testing.assert_array_equal(as_mask(half), half.astype(np.float32))
+    signed = half * 8 - 0.5
+    wanted = [max(v, 0) / signed.max() for v in signed.ravel()]
+    np.testing.assert_allclose(as_mask(signed).ravel(), wanted, rtol=1e-6)
+    assert not as_mask(-half - 0.1).any()
 
 
 def test_a_map_of_ones_loses_and_wins_nothing(path):
