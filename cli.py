@@ -416,17 +416,22 @@ def doctor(as_json: bool, debug: bool) -> None:
 @click.argument("run", type=click.Path(path_type=Path))
 @common_options
 def verify(run: Path, as_json: bool, debug: bool) -> int:
-    """Read every byte of a run: checksums, rows, order, maps.
+    """Read every byte of a run: checksums, rows, order, maps, metric rows.
 
     Exit code 4 says that shards are missing, 5 that something is damaged.
 
     Example: heatmill verify run
     """
+    from .engine.jobs.measures import verify as check_metrics
+    from .engine.jobs.store import open_run
     from .engine.jobs.store import verify as check
 
     counts = check(run)
+    if metric_rows := check_metrics(open_run(run)):
+        counts["metric_rows"] = metric_rows
     complete = counts["committed"] == counts["shards"]
     text = f"{run}: {counts['committed']} of {counts['shards']} shards, {counts['rows']} rows, {counts['ok']} maps"
+    text += f", {metric_rows} metric rows" if metric_rows else ""
     click.echo(
         json.dumps({"run": str(run), **counts}) if as_json else f"{text}: {'sound' if complete else 'incomplete'}"
     )

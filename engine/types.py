@@ -390,7 +390,7 @@ def no_conventions(parameters: Parameters) -> Mapping[str, Any]:
     return {}
 
 
-def own_values(values: Array, curves: Sequence[Array | None], parameters: Parameters) -> Array:
+def own_values(values: Array, curves: Array | None, parameters: Parameters) -> Array:
     """The rows' values, for metrics whose table holds their mean."""
     return values[:, None]
 
@@ -407,8 +407,8 @@ class Metric:
         baseline: parameters -> what stands for absence behind the masks, as in `Expansion`.
         passes: parameters -> greatest number of rows for one map.
         conventions: parameters -> what a row says of how it was made: baseline, mask_space, score, steps.
-        terms: (values (n,), curves of the rows, parameters) -> (n, p); the table's figure is the greatest of the p
-            means over the rows.
+        terms: (values (n,), curves (n, p) or None, parameters) -> (n, q) of rows with a value; the table's figure is
+            the greatest of the q means over them.
         again: with what the map is made again, noise on the image, or weights of the network shuffled (cascade,
             independent); None where it is judged as it is. Then `measure` gets, in the place of posteriors, what
             `compare` said of each.
@@ -425,7 +425,7 @@ class Metric:
     baseline: Callable[[Parameters], str] = lambda parameters: "zero"
     passes: Callable[[Parameters], int] = no_passes
     conventions: Callable[[Parameters], Mapping[str, Any]] = no_conventions
-    terms: Callable[[Array, Sequence[Array | None], Parameters], Array] = own_values
+    terms: Callable[[Array, Array | None, Parameters], Array] = own_values
     again: str | None = None
     compare: Callable[[Array, Array, Parameters], float] | None = None
 

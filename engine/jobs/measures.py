@@ -10,7 +10,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from ... import RunError, __version__
@@ -115,6 +117,39 @@ def read(run: store.Run, metrics: Sequence[str] | None = None, methods: Sequence
                 raise ValueError("its columns are not those of metrics")
         for column, wanted in (("metric", metrics), ("method", methods)):
             if wanted is not None:
-                table = table.filter(pa.compute.is_in(table[column], pa.array(list(wanted), pa.string())))
+                table = table.filter(pc.is_in(table[column], pa.array(list(wanted), pa.string())))
         tables.append(table)
     return pa.concat_tables(tables) if tables else SCHEMA.empty_table()
+
+
+def verify(run: store.Run) -> int:
+    """Read every byte of the metric rows; returns how many there are.
+
+    Raises:
+        RunError: the first damage found, with the part's name.
+    """
+    settings = run.settings
+    images, size = store.read_plan(run.path, settings)["id"].to_pylist(), int(settings["shard_rows"])
+    each = int(settings["rows_per_image"]) // len(settings["methods"])
+    count = 0
+    for path, footer in parts(run):
+        with store.naming(path, AGAIN):
+            table = pq.read_table(path, page_checksum_verification=True)
+            calls = [metric["call"] for metric in footer["metrics"]]
+            first = footer["shard"] * size
+            expected = [
+                (name, method, call)
+                for name in images[first : first + size]
+                for method in footer["methods"]
+                for _ in range(each)
+                for call in calls
+            ]
+            found = list(zip(*(table[key].to_pylist() for key in ("id", "method", "metric")), strict=True))
+            values = table["value"].to_numpy(zero_copy_only=False)
+            good = np.array([status == "ok" for status in table["status"].to_pylist()], bool)
+            if found != expected or set(table["status"].to_pylist()) - set(STATUSES):
+                raise ValueError(f"its {len(found)} rows are not the {len(expected)} expected in order")
+            if not np.isfinite(values[good]).all() or np.isfinite(values[~good].astype(float)).any():
+                raise ValueError("values and statuses do not agree")
+        count += len(found)
+    return count

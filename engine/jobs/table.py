@@ -127,12 +127,15 @@ class Comparison:
 
 @dataclass(frozen=True, slots=True)
 class _Column:
-    """A metric of an entry over all images: values (n,), NaN where there is none, and what the rows say."""
+    """A metric of an entry over all images: values (n,), and what the rows say; NaN where there is no value.
+
+    `curves` is (n, p) where the metric has some, `statuses` (n,) places in STATUSES, -1 without a row.
+    """
 
     values: Array
-    curves: Sequence[Array | None]
-    statuses: Sequence[str | None]
-    terms: Array  # (n, p), NaN where there is no value
+    curves: Array | None
+    statuses: Array
+    terms: Array
 
 
 def check_slices(run: store.Run, by: Sequence[str]) -> None:
@@ -174,7 +177,7 @@ def compare_metrics(
     tables = [measures.read(run, [call.text for call in calls]) for run in runs]
     if not sum(table.num_rows for table in tables):
         raise InputError("no run has rows of these metrics")
-    names = sorted({name for run in runs for name in run.table()["id"].to_pylist()})
+    names = sorted({name for run in runs for name in store.read_plan(run.path, run.settings)["id"].to_pylist()})
     place = {name: i for i, name in enumerate(names)}
     columns = {
         (call.text, i): _column(tables[entry.run], entry, call, place)
@@ -241,19 +244,28 @@ def _of_entry(table: pa.Table, entry: Entry) -> pa.Table:
 def _column(table: pa.Table, entry: Entry, call: MetricCall, place: Mapping[str, int]) -> _Column:
     rows = _of_entry(table.filter(pc.equal(table["metric"], call.text)), entry)
     at = np.array([place[name] for name in rows["id"].to_pylist()], dtype=np.intp)
-    statuses: list[str | None] = [None] * len(place)
-    curves: list[Array | None] = [None] * len(place)
+    statuses = np.full(len(place), -1)
+    statuses[at] = pc.index_in(rows["status"], pa.array(measures.STATUSES)).to_numpy(zero_copy_only=False)
     values = np.full(len(place), np.nan)
     values[at] = rows["value"].to_numpy(zero_copy_only=False)
-    for i, status, curve in zip(at, rows["status"].to_pylist(), rows["curve"], strict=True):
-        statuses[i] = status
-        curves[i] = curve.values.to_numpy() if curve.is_valid else None
+    curves = _stacked(rows["curve"], at, len(place))
     good = np.flatnonzero(np.isfinite(values))
-    known = call.metric.terms(values[good], [curves[i] for i in good], call.parameters)
+    known = call.metric.terms(values[good], None if curves is None else curves[good], call.parameters)
     terms = np.full((len(place), known.shape[1] if len(good) else 1), np.nan)
     if len(good):
         terms[good] = known
     return _Column(values, curves, statuses, terms)
+
+
+def _stacked(column: pa.ChunkedArray, at: Array, count: int) -> Array | None:
+    """Rows' curves (count, p) at their places; None where there are none, or of several lengths."""
+    lengths = pc.list_value_length(column).to_numpy(zero_copy_only=False)
+    known = np.isfinite(lengths.astype(np.float64))
+    if not known.any() or len(set(lengths[known].tolist())) > 1:
+        return None
+    curves = np.full((count, int(lengths[known][0])), np.nan)
+    curves[at[known]] = pc.list_flatten(column).to_numpy(zero_copy_only=False).reshape(int(known.sum()), -1)
+    return curves
 
 
 def _cells(
@@ -272,10 +284,13 @@ def _cells(
             terms = [mine[i].terms[images] for i in members]
             drawn = resampled(terms, resamples, call.text)
             for i, whole, of_member in zip(members, terms, drawn.T, strict=True):
-                left = Counter(
-                    status for status, seen in zip(mine[i].statuses, masks[i], strict=True) if seen and status != "ok"
-                )
-                excluded = {status: count for status, count in sorted(left.items(), key=str) if status is not None}
+                seen = mine[i].statuses[masks[i]]
+                left = np.bincount(seen[seen >= 0], minlength=len(measures.STATUSES))
+                excluded = {
+                    status: int(count)
+                    for status, count in sorted(zip(measures.STATUSES, left, strict=True))
+                    if count and status != "ok"
+                }
                 low, high = interval(of_member) if len(whole) else (float("nan"),) * 2
                 mean = float(whole.mean(axis=0).max()) if len(whole) else float("nan")
                 cells[call.text, i] = Cell(len(whole), mean, low, high, excluded)
@@ -347,13 +362,12 @@ def _differences(
 def _curves(
     calls: Sequence[MetricCall], entries: Sequence[Entry], columns: Mapping[tuple[str, int], _Column]
 ) -> dict[tuple[str, int], Array]:
-    found = {}
-    for call in calls:
-        for i in range(len(entries)):
-            curves = [curve for curve in columns[call.text, i].curves if curve is not None]
-            if curves and len({len(curve) for curve in curves}) == 1 and len(curves[0]) > 1:
-                found[call.text, i] = np.nanmean(np.array(curves, dtype=np.float64), axis=0)
-    return found
+    return {
+        (call.text, i): np.nanmean(curves, axis=0)
+        for call in calls
+        for i in range(len(entries))
+        if (curves := columns[call.text, i].curves) is not None and curves.shape[1] > 1
+    }
 
 
 def _extremes(

@@ -121,9 +121,11 @@ def thresholds(count: int) -> list[float]:
     return [i / count for i in range(count)]
 
 
-def _accuracy_terms(values: Array, curves: Sequence[Array | None], parameters: Parameters) -> Array:
-    known = np.array([curve for curve in curves if curve is not None])
-    return (known >= float(parameters["iou"])).astype(np.float64)
+def _accuracy_terms(values: Array, curves: Array | None, parameters: Parameters) -> Array:
+    """At each threshold whether the box is met."""
+    if curves is None:
+        return np.zeros((len(values), 1))
+    return (curves >= float(parameters["iou"])).astype(np.float64)
 
 
 LOCALIZATION = (

@@ -342,7 +342,7 @@ def test_boxes_of_maps_meet_boxes(path):
         error, accuracy = (found[f"{call.text} of 0", 0][k] for call in parse_metrics(names))
         np.testing.assert_allclose(accuracy.curve, met, atol=1e-6)
         assert (error.value, error.notes["iou"]) == (float(met[3] < 0.3), pytest.approx(met[3], abs=1e-6))
-    terms = METRICS["max-box-acc"].terms(np.zeros(2), [np.array([0.2, 0.5]), np.array([0.6, 0.5])], {"iou": 0.5})
+    terms = METRICS["max-box-acc"].terms(np.zeros(2), np.array([[0.2, 0.5], [0.6, 0.5]]), {"iou": 0.5})
     assert terms.tolist() == [[0, 1], [1, 1]]
     assert largest_box(np.zeros((3, 3))) is None
     assert overlap((0, 0, 2, 2), np.array([[0.0, 0, 2, 2]])) == 1

@@ -280,6 +280,27 @@ def test_damage_and_strangers_are_named(run):
     assert part.read_bytes() == good
 
 
+def test_every_byte_of_metric_rows_is_verified(run):
+    assert measures.verify(open_run(run)) == 0
+    evaluate(Evaluation(runs=(run,), metrics=("sparseness", "increase")), "quiet")
+    assert measures.verify(open_run(run)) == 7 * 2 * 2 * 2
+    part = sorted((run / "metrics").iterdir())[0]
+    good = part.read_bytes()
+    noticed = 0
+    for at in range(60, len(good) - 8, len(good) // 40):
+        part.write_bytes(good[:at] + bytes([good[at] ^ 0x55]) + good[at + 1 :])
+        try:
+            measures.verify(open_run(run))
+        except RunError as err:
+            noticed += part.name in str(err)
+    assert noticed > 20, "the pages and most of the footer"
+    part.write_bytes(good)
+    table = pq.read_table(part)
+    pq.write_table(table.slice(1), part)
+    with pytest.raises(RunError, match="are not the 16 expected"):
+        measures.verify(open_run(run))
+
+
 def test_a_full_disk_can_be_resumed(run, monkeypatch):
     def full(*arguments):
         raise OSError(28, "No space left on device")

@@ -70,7 +70,7 @@ def test_average_drop_and_increase_are_torchcams(network, model):  # noqa: F811
 
 
 def test_deletion_and_insertion_are_torchcams(network, model):  # noqa: F811
-    """Zeros for both, and steps that divide the pixels; equal values, which clamped edges have, are ordered as may be."""
+    """Zeros for both, steps that divide the pixels; equal values, which clamped edges have, are ordered otherwise."""
     metrics = pytest.importorskip("torchcam.metrics")
     if not hasattr(metrics, "DeletionInsertionMetric"):
         pytest.skip("this torchcam has no deletion and insertion")
