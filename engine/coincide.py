@@ -37,7 +37,7 @@ _KINDS: dict[type, tuple[tuple[str, ...], tuple[str, ...], tuple[str, ...]]] = {
     GridBank: (("bits", "offsets"), ("counts",), ()),
     SegmentBank: (("bits",), (), ("segments",)),
     WindowBank: (("boxes",), (), ()),
-    RankBank: (("of", "thresholds", "shown"), (), ("ranks",)),
+    RankBank: (("of", "thresholds"), (), ("ranks",)),
 }
 
 

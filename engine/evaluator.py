@@ -30,14 +30,18 @@ from .types import (
 Given = Sequence[Sequence[Subject | Measured]]
 
 
-def ranked(saliency: Array) -> Array:
-    """The rank (H, W) int32 of every pixel, 0 for the greatest value; of equal ones the last in scan order first.
+def orders(saliencies: Sequence[Array], size: tuple[int, int]) -> Array:
+    """The rank of every pixel in each of m maps, and reversed, (2 m, H, W) int32: 0 for the greatest value.
 
-    This is `flip(argsort(...))` of a stable sort, the order of the authors of RISE.
+    Of equal values the last in scan order comes first: `flip(argsort(...))` of a stable sort, as the authors of RISE
+    have it.
     """
-    ranks = np.empty(saliency.size, dtype=np.int32)
-    ranks[np.argsort(saliency.ravel(), kind="stable")] = np.arange(saliency.size - 1, -1, -1, dtype=np.int32)
-    return ranks.reshape(saliency.shape)
+    ranks = np.empty((2, len(saliencies), size[0] * size[1]), dtype=np.int32)
+    down = np.arange(size[0] * size[1] - 1, -1, -1, dtype=np.int32)
+    for saliency, forward in zip(saliencies, ranks[0], strict=True):
+        forward[np.argsort(saliency.ravel(), kind="stable")] = down
+    np.subtract(len(down) - 1, ranks[0], out=ranks[1])
+    return ranks.reshape(-1, *size)
 
 
 def measuring(loaded: Loaded, metrics: Sequence[MetricCall], methods: int) -> Loaded:

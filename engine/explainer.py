@@ -356,12 +356,12 @@ class Engine:
         return np.asarray(image + deviation * generator.standard_normal(image.shape, dtype=np.float32))
 
     def _road_noise(self, item: Item, bank: Bank | None, rows: slice) -> Array:
-        """Standard normal numbers for imputed rows; those of one image are the same for every map and method."""
+        """Standard normal numbers for imputed rows; those of one image are the same for every map and order."""
         if not isinstance(bank, RankBank):
             raise ValueError("only rank masks are imputed")
         noise = np.empty((rows.stop - rows.start, *item.image.shape), dtype=np.float32)
-        for out, threshold, shown in zip(noise, bank.thresholds[rows], bank.shown[rows], strict=True):
-            stream = [0, 0, crc32(ROAD.encode()), 2 * int(threshold) + int(shown)]
+        for out, threshold in zip(noise, bank.thresholds[rows], strict=True):
+            stream = [0, 0, crc32(ROAD.encode()), int(threshold)]
             generator = np.random.Generator(np.random.Philox(key=self._key(item.identity), counter=stream))
             generator.standard_normal(dtype=np.float32, out=out)
         return noise
@@ -598,14 +598,10 @@ def _of(expansion: Expansion) -> Array:
 
 
 def _rank_masks(bank: RankBank, rows: slice, out: Array) -> None:
-    """Masks of some rows: those of one map, taken away or shown alike, are made together."""
-    of, thresholds, shown = bank.of[rows], bank.thresholds[rows], bank.shown[rows]
-    edges = np.flatnonzero(np.diff(of) | np.diff(shown.astype(np.int8))) + 1
-    for part in np.split(np.arange(len(of)), edges):
-        masks = out[part[0] : part[-1] + 1]
-        host.rank_masks(bank.ranks[of[part[0]]], thresholds[part], out=masks)
-        if shown[part[0]]:
-            np.subtract(1, masks, out=masks)
+    """Masks of some rows; those of one order are made together."""
+    of, thresholds = bank.of[rows], bank.thresholds[rows]
+    for part in np.split(np.arange(len(of)), np.flatnonzero(np.diff(of)) + 1):
+        host.rank_masks(bank.ranks[of[part[0]]], thresholds[part], out=out[part[0] : part[-1] + 1])
 
 
 def _labelled(label: int | None) -> int:

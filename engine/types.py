@@ -98,19 +98,20 @@ class TapBank:
 
 @dataclass(frozen=True, slots=True)
 class RankBank:
-    """Pixels taken away, or alone shown, in the order in which maps rank them; a row each.
+    """Pixels shown from a rank on; a row each.
+
+    With rank 0 for what counts most, threshold t takes the t first pixels away. In the reversed ranks,
+    H * W - 1 - rank, threshold H * W - t shows the t first pixels alone.
 
     Attributes:
-        ranks: (m, H, W) int32, of each map the rank of every pixel, 0 for what counts most.
-        of: (n,) int32, which map's.
-        thresholds: (n,) int32, how many of its first pixels.
-        shown: (n,) uint8, 1 where they are all that is shown, 0 where they are taken away.
+        ranks: (m, H, W) int32, orders of the pixels.
+        of: (n,) int32, which order.
+        thresholds: (n,) int32.
     """
 
     ranks: Array
     of: Array
     thresholds: Array
-    shown: Array
 
     def __len__(self) -> int:
         return len(self.of)
@@ -351,7 +352,8 @@ class Subject:
 
     Attributes:
         saliency: (H, W) float32, finished, at the size of the network's input.
-        ranks: (m, H, W) int32, of every map of the image, as in `RankBank`.
+        ranks: (2 m, H, W) int32, of all m maps of the image the rank of every pixel, 0 for what counts most, then those
+            reversed, as in `RankBank`.
         place: which of them is this map's.
         boxes: (b, 4) float64, x0 y0 x1 y1 in pixels of the input, cut to what the model saw.
         boxes_status: ok, or why there are none: no_boxes, box_outside.

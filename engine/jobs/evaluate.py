@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from ... import IncompleteError, InputError
-from ..evaluator import measuring, ranked
+from ..evaluator import measuring, orders
 from ..explainer import Engine
 from ..metrics import parse_metrics
 from ..opening import Loaded
@@ -233,7 +233,7 @@ def subjects(maps: Maps, prepared: Prepared, boxes: Any, size: tuple[int, int]) 
     """What metrics see of an image's maps; of those there are none of, or whose image is refused, why."""
     good = [row for rows in maps for row in rows if row.status == "ok" and prepared.image is not None]
     finished = [row.saliency() for row in good]
-    ranks = np.stack([ranked(each) for each in finished]) if finished else np.empty((0, *size), np.int32)
+    ranks = orders(finished, size)
     seen, status = input_boxes(boxes, prepared.crop_box, size)
     known = {
         id(row): Subject(saliency, ranks, place, seen, status, row.extras)

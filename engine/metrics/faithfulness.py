@@ -41,14 +41,21 @@ def area(curve: Array) -> float:
     return float((curve.sum() - (curve[0] + curve[-1]) / 2) / (len(curve) - 1))
 
 
-def first_pixels(subject: Subject, thresholds: Array, shown: Array) -> RankBank:
-    """Rows that take the first pixels away or show them alone; of none or all, the map does not matter."""
-    pixels = subject.saliency.size
-    empty = shown != (thresholds >= pixels)
-    whole = (thresholds <= 0) | (thresholds >= pixels)
-    of = np.where(whole, 0, subject.place).astype(np.int32)
-    thresholds = np.where(whole, pixels * empty, thresholds).astype(np.int32)
-    return RankBank(subject.ranks, of, thresholds, np.where(whole, 0, shown).astype(np.uint8))
+def without_first(subject: Subject, counts: Array) -> RankBank:
+    """Rows without so many of the first pixels."""
+    return _from_rank(subject, np.full(len(counts), subject.place), counts)
+
+
+def only_first(subject: Subject, counts: Array) -> RankBank:
+    """Rows with nothing but so many of the first pixels."""
+    reversed_place = len(subject.ranks) // 2 + subject.place
+    return _from_rank(subject, np.full(len(counts), reversed_place), subject.saliency.size - counts)
+
+
+def _from_rank(subject: Subject, of: Array, thresholds: Array) -> RankBank:
+    """Rows of a bank; of those that show none or all, the order does not matter."""
+    whole = (thresholds <= 0) | (thresholds >= subject.saliency.size)
+    return RankBank(subject.ranks, np.where(whole, 0, of).astype(np.int32), thresholds.astype(np.int32))
 
 
 # --- the masked image: average drop and its kin ---------------------------------------------------------------
@@ -151,13 +158,13 @@ MASKED = (
 
 
 def _deleted(subject: Subject, parameters: Parameters) -> Bank | None:
-    thresholds = counts(int(parameters["steps"]), subject.saliency.size)[1:]
-    return None if _even(subject) else first_pixels(subject, thresholds, np.zeros(len(thresholds), np.uint8))
+    taken = counts(int(parameters["steps"]), subject.saliency.size)[1:]
+    return None if _even(subject) else without_first(subject, taken)
 
 
 def _inserted(subject: Subject, parameters: Parameters) -> Bank | None:
-    thresholds = counts(int(parameters["steps"]), subject.saliency.size)[:-1]
-    return None if _even(subject) else first_pixels(subject, thresholds, np.ones(len(thresholds), np.uint8))
+    shown = counts(int(parameters["steps"]), subject.saliency.size)[:-1]
+    return None if _even(subject) else only_first(subject, shown)
 
 
 def _even(subject: Subject) -> bool:
@@ -226,9 +233,10 @@ def _removed(subject: Subject, parameters: Parameters) -> Bank | None:
     if _even(subject):
         return None
     pixels = subject.saliency.size
-    first = np.array([quota(percent / 100, pixels) for percent in PERCENTS])
-    thresholds = np.concatenate([first, pixels - first])
-    return first_pixels(subject, thresholds, np.repeat(np.array([0, 1], np.uint8), len(PERCENTS)))
+    removed = np.array([quota(percent / 100, pixels) for percent in PERCENTS])
+    first, last = without_first(subject, removed), only_first(subject, pixels - removed)
+    of, thresholds = np.concatenate([first.of, last.of]), np.concatenate([first.thresholds, last.thresholds])
+    return RankBank(subject.ranks, of, thresholds)
 
 
 def _road(subject: Subject, full: float, scores: Array, parameters: Parameters) -> Measured:

@@ -15,6 +15,8 @@ import pytest
 from scipy import stats
 
 from heatmill import Explainer, IncompleteError, InputError, RunError, open_run
+from heatmill.engine.evaluator import orders
+from heatmill.engine.explainer import _rank_masks
 from heatmill.engine.jobs import evaluate as evaluation
 from heatmill.engine.jobs import job as jobs
 from heatmill.engine.jobs import measures, store
@@ -23,6 +25,7 @@ from heatmill.engine.jobs.evaluate import Evaluation, evaluate, input_boxes
 from heatmill.engine.jobs.plan import Job
 from heatmill.engine.metrics import PRESETS, parse_metrics
 from heatmill.engine.trial import Trial
+from heatmill.engine.types import RankBank
 from heatmill.kernels import reference
 from heatmill.models.graph.shuffle import layers, shuffled, stages
 from heatmill.models.preprocess import decode, normalise, view
@@ -394,14 +397,11 @@ def test_layers_and_stages(place):
     assert len(stages(layers(proto, "logits"), 99)) == 3
 
 
-def test_rank_masks_are_the_reference(run):
-    ranks = np.random.default_rng(0).permutation(35).reshape(5, 7).astype(np.int32)
-    thresholds = np.array([0, 3, 35], np.int32)
-    from heatmill.engine.explainer import _rank_masks
-    from heatmill.engine.types import RankBank
-
-    bank = RankBank(ranks[None], np.zeros(6, np.int32), np.tile(thresholds, 2), np.repeat([0, 1], 3).astype(np.uint8))
+def test_rank_masks_are_the_reference():
+    ranks = orders(np.random.default_rng(0).random((2, 5, 7)), (5, 7))
+    np.testing.assert_array_equal(ranks[2:], 34 - ranks[:2])
+    bank = RankBank(ranks, np.array([1, 1, 3, 0, 0, 0], np.int32), np.array([0, 3, 35, 9, 2, 2], np.int32))
     out = np.empty((6, 5, 7), np.float32)
     _rank_masks(bank, slice(0, 6), out)
-    np.testing.assert_array_equal(out[:3], reference.rank_masks(ranks, thresholds))
-    np.testing.assert_array_equal(out[3:], reference.rank_masks(34 - ranks, 35 - thresholds))
+    for mask, of, threshold in zip(out, bank.of, bank.thresholds, strict=True):
+        np.testing.assert_array_equal(mask, reference.rank_masks(ranks[of], np.array([threshold]))[0])

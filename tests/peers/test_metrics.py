@@ -8,7 +8,7 @@ from functools import partial
 import numpy as np
 import pytest
 
-from heatmill.engine.evaluator import ranked
+from heatmill.engine.evaluator import orders
 from heatmill.engine.metrics.localization import box_mask, energy, hits
 from heatmill.engine.metrics.robustness import rank_correlation
 from heatmill.engine.metrics.statistics import gini
@@ -50,7 +50,7 @@ class Given:
 
 def of_ours(path, metrics, maps, x, targets):
     finished = reference.upsample(maps, SIZE).astype(np.float32)
-    given = [[[Subject(each, ranked(each)[None], 0, np.empty((0, 4)), "no_boxes", {})]] for each in finished]
+    given = [[[Subject(each, orders([each], SIZE), 0, np.empty((0, 4)), "no_boxes", {})]] for each in finished]
     found, _ = measured(path, metrics, given, x.numpy(), targets=[(int(target),) for target in targets])
     return {metric: np.array([found[f"{metric} of 0", i][0].value for i in range(len(x))]) for metric in metrics}
 
@@ -95,7 +95,7 @@ def test_roads_filling_is_pytorch_grad_cams(share):
     size = (40, 53)
     x = reference.upsample(RNG.normal(size=(3, 6, 5)), size).astype(np.float32)
     smooth, rough = reference.upsample(RNG.random((1, 7, 7)), size)[0], RNG.random(size)
-    for order in (ranked(smooth), ranked(rough)):
+    for order in orders([smooth, rough], size)[:2]:
         mask = (order >= share * order.size).astype(np.float32)
         theirs = road.NoisyLinearImputer(noise=0)(torch.from_numpy(x), torch.from_numpy(mask)).numpy()
         ours = host.impute(x, mask[None], np.zeros((1, *x.shape), np.float32))[0]
