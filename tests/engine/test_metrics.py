@@ -7,7 +7,9 @@ from pathlib import Path
 from zlib import crc32
 
 import numpy as np
+import onnxruntime
 import pytest
+from onnx import TensorProto
 from scipy import ndimage, stats
 
 from heatmill import InputError
@@ -268,6 +270,30 @@ def test_imputation_solves_what_it_defines(layout, dtype):
     kept = masks[1].astype(bool)
     np.testing.assert_array_equal((ours[1] if layout == "NHWC" else ours[1].transpose(1, 2, 0))[kept],
                                   (x if layout == "NHWC" else x.transpose(1, 2, 0))[kept])  # fmt: skip
+
+
+def test_the_layout_and_the_kind_of_input_do_not_matter(path, tmp_path, save_model):
+    """Channels last, and pixels in bytes: the same network behind them."""
+    last = save_model(tmp_path / "last.onnx", layout="NHWC", spec={"layout": "NHWC"})
+    images, maps = pictures(2, SIZE), smooth_maps(2)
+    names = ["deletion:steps=5", "insertion:steps=5", "average-drop:baseline=black", "road"]
+    given = [[subjects(maps)] for _ in images]
+    first, _ = measured(path, names, given, images)
+    turned, _ = measured(last, names, given, np.ascontiguousarray(images.transpose(0, 2, 3, 1)))
+    for key, row in first.items():
+        for one, other in zip(row, turned[key], strict=True):
+            assert one.value == pytest.approx(other.value, abs=0.02 if key[0].startswith("road") else 1e-5)
+
+    of_bytes = save_model(tmp_path / "bytes.onnx", dtype=TensorProto.UINT8, spec={"mean": [0] * 3, "std": [1] * 3})
+    pixels = np.clip(images * 40 + 128, 0, 255).astype(np.uint8)
+    found, _ = measured(of_bytes, names, given, pixels)
+    session = onnxruntime.InferenceSession(str(of_bytes), providers=["CPUExecutionProvider"])
+    canvas, order, scores = pixels[0].copy().reshape(3, -1), official_order(maps[0]), []
+    for step in range(6):
+        canvas[:, order[: round(step * PIXELS / 5)]] = 0
+        logits = session.run(None, {"input": canvas.reshape(1, 3, *SIZE)})[0][0].astype(np.float64)
+        scores.append((np.exp(logits - logits.max()) / np.exp(logits - logits.max()).sum())[1])
+    np.testing.assert_allclose(found["deletion:steps=5 of 0", 0][0].curve, scores, atol=1e-5)
 
 
 # --- boxes ----------------------------------------------------------------------------------------------------
