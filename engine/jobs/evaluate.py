@@ -188,7 +188,7 @@ def measure(work: Stored, group: Group, progress: Progress, stages: Counter[str]
         try:
             items = _items(work, pool, group, loaded, collector)
             for key, explanations in groupby(engine.stream(items), key=lambda explanation: explanation.key):
-                collector.add(int(key), [_measured(each) for each in explanations])
+                collector.add(int(key), [said(each) for each in explanations])
         finally:
             pool.shutdown(cancel_futures=True)
     stages.update({**asdict(engine.stages), "wall": time.perf_counter() - began})
@@ -260,7 +260,8 @@ def input_boxes(boxes: Any, crop: tuple[float, ...] | None, size: tuple[int, int
     return seen, "ok" if len(seen) else "box_outside"
 
 
-def _measured(explanation: Explanation) -> Measured:
+def said(explanation: Explanation) -> Measured:
+    """What a metric said of a map, or why the network gave it no numbers."""
     if explanation.status != "ok":
         return Measured(None, status=explanation.status, reason=explanation.error)
     measured: Measured = explanation.extras["measured"]

@@ -15,6 +15,7 @@ from scipy import ndimage, stats
 from heatmill import InputError
 from heatmill.engine.evaluator import measuring, orders
 from heatmill.engine.explainer import Engine
+from heatmill.engine.jobs.evaluate import said
 from heatmill.engine.metrics import METRICS, PRESETS, parse_metrics
 from heatmill.engine.metrics.faithfulness import area, as_mask, counts, cut, drop, gain, increase, quota
 from heatmill.engine.metrics.localization import box_mask, energy, hits, largest_box, overlap
@@ -24,6 +25,7 @@ from heatmill.engine.opening import load, open_best
 from heatmill.engine.types import Item, Measured, Subject, Target
 from heatmill.kernels import host, reference
 from tests.engine.test_methods import Classifier, pictures
+from tests.graphs import without_scores_in_the_dark
 
 ROOT = Path(__file__).resolve().parents[2]
 SIZE = (33, 29)
@@ -58,7 +60,7 @@ def measured(path, metrics, given, images, targets=((1, 3),), batch_size=7, seed
     ]
     found: dict = {}
     for e in engine.stream(items):
-        found.setdefault((e.method.method.name, e.key), []).append(e.extras["measured"])
+        found.setdefault((e.method.method.name, e.key), []).append(said(e))
     return found, engine
 
 
@@ -439,6 +441,19 @@ def test_a_map_that_there_is_none_of_leaves_the_others_alone(path):
     for name in ("deletion", "sparseness"):
         statuses = [[each.status for each in found[f"{name} of 0", i]] for i in range(2)]
         assert statuses == [["nonfinite", "ok"], ["ok", "nonfinite"]]
+
+
+def test_a_network_that_gives_no_number_is_no_value(make_model):
+    """Masked images are dark; the first image is so from the start."""
+    dark = make_model()
+    without_scores_in_the_dark(dark)
+    images = np.abs(pictures(2, SIZE)) + np.array([-3, 3], np.float32)[:, None, None, None]
+    names = ["deletion:steps=3", "increase:keep=0.1", "sparseness"]
+    found, _ = measured(dark, names, [[subjects(smooth_maps(1))]] * 2, images, targets=((1,),))
+    statuses = {key: row[0].status if row else None for key, row in found.items() if key[1] == 1}
+    assert list(statuses.values()) == ["nonfinite", "nonfinite", "ok"]
+    assert all(found[f"{name} of 0", 0][0].status == "nonfinite" for name in names)
+    assert found["deletion:steps=3 of 0", 1][0].reason
 
 
 # --- names ----------------------------------------------------------------------------------------------------
