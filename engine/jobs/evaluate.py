@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import signal
 import time
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Sequence
@@ -24,7 +25,7 @@ from ..types import Array, Explanation, Item, Measured, MetricCall, Subject, nea
 from . import measures, store
 from . import plan as plans
 from .again import remade
-from .job import lock
+from .job import Signals, lock
 from .progress import Progress
 from .store import Row
 from .stored import Maps, Stored, refused, targets_of
@@ -89,7 +90,7 @@ def evaluate(job: Evaluation, style: str = "auto") -> list[Evaluated]:
         style: of the progress, see `Progress`.
 
     Raises:
-        HeatmillError: a run, a metric, a method or the model is refused, or the disk is full.
+        HeatmillError: a run, a metric, a method or the model is refused; or stopped early and resumable.
         KeyboardInterrupt: interrupted; the shards in flight are lost, the same command goes on.
     """
     metrics = parse_metrics(job.metrics)
@@ -105,16 +106,31 @@ def evaluate(job: Evaluation, style: str = "auto") -> list[Evaluated]:
             raise InputError(f"no run has the method {asked!r}; {nearest(asked.casefold(), known)}")
     for run in opened:
         check_slices(run, job.by)
-    found = []
-    for run, methods in zip(opened, chosen, strict=True):
-        with lock(run.path):
-            try:
-                found.append(_evaluate(run, metrics, methods, job, style))
-            except KeyboardInterrupt:
+    with Signals() as signals:
+        return [
+            _resumable(run, metrics, methods, job, style, signals) for run, methods in zip(opened, chosen, strict=True)
+        ]
+
+
+def _resumable(
+    run: store.Run,
+    metrics: tuple[MetricCall, ...],
+    methods: tuple[str, ...],
+    job: Evaluation,
+    style: str,
+    signals: Signals,
+) -> Evaluated:
+    """One run under its lock; what ends it early says how to go on."""
+    with lock(run.path):
+        try:
+            return _evaluate(run, metrics, methods, job, style)
+        except KeyboardInterrupt:
+            if signals.number in (None, signal.SIGINT):
                 raise KeyboardInterrupt(f"{run.path}: interrupted; the same command resumes") from None
-            except OSError as err:
-                raise IncompleteError(store.write_refusal(run.path, err)) from err
-    return found
+            name = signal.Signals(signals.number).name
+            raise IncompleteError(f"{run.path}: stopped by {name}; the same command resumes") from None
+        except OSError as err:
+            raise IncompleteError(store.write_refusal(run.path, err)) from err
 
 
 def _chosen(run: store.Run, asked: Sequence[str]) -> tuple[str, ...]:

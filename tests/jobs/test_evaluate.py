@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
+import signal
 from zlib import crc32
 
 import numpy as np
@@ -200,6 +201,21 @@ def test_an_interrupted_evaluation_goes_on_where_it_stopped(run, monkeypatch):
             lists.pop("curve")
             lists.pop("notes")
         assert one == other
+
+
+@pytest.mark.parametrize(
+    ("number", "error", "told"),
+    [
+        (signal.SIGINT, KeyboardInterrupt, "interrupted; the same command resumes"),
+        (signal.SIGTERM, IncompleteError, "stopped by SIGTERM; the same command resumes"),
+    ],
+)
+def test_signals_end_it_and_keep_what_is_committed(run, monkeypatch, number, error, told):
+    write = measures.write
+    monkeypatch.setattr(measures, "write", lambda *arguments: write(*arguments) or signal.raise_signal(number))
+    with pytest.raises(error, match=told):
+        evaluate(Evaluation(runs=(run,), metrics=("sparseness",)), "quiet")
+    assert len(list((run / "metrics").iterdir())) == 1
 
 
 def test_what_is_there_is_not_computed_again(run, monkeypatch):
