@@ -84,7 +84,7 @@ def table_markdown(found: Comparison) -> str:
         if part.column:
             lines += ["", f"{part.column}: {part.value} ({part.images} images)", ""]
         lines += ["| | " + " | ".join(map(_escaped, heads)) + " |", "|---" * (len(heads) + 1) + "|"]
-        sizes = {cell.n for cell in part.cells.values()}
+        sizes = {cell.n for cell in part.cells.values() if cell.n}
         for i, entry in enumerate(found.entries):
             shown = []
             for call in found.metrics:
@@ -95,8 +95,9 @@ def table_markdown(found: Comparison) -> str:
             lines.append(f"| {_escaped(entry.label)} | " + " | ".join(shown) + " |")
         lines.append("")
         if len(sizes) == 1:
-            lines.append(f"n = {next(iter(sizes))}.")
-        lines += [f"- {text}" for text in _exclusions(found, part)]
+            lines += [f"n = {next(iter(sizes))}.", ""]
+        excluded = [f"- {text}" for text in _exclusions(found, part)]
+        lines += [*excluded, ""] if excluded else []
     lines.append(
         "Mean [95% bootstrap interval over images]. ↑ higher is better, ↓ lower. Bold: the best. ≈: not "
         "distinguishable from the best, the interval of the paired difference holds 0."
