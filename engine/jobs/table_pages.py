@@ -110,7 +110,8 @@ def _escaped(text: str) -> str:
 
 
 def _exclusions(found: Comparison, part: Slice) -> Iterator[str]:
-    """What is left out of the means, a line for each metric and set of entries with the same counts."""
+    """What is left out of the means, a line for metrics and entries with the same counts."""
+    lines: dict[tuple[str, str], list[str]] = {}
     for call in found.metrics:
         groups: dict[str, list[str]] = {}
         for i, entry in enumerate(found.entries):
@@ -118,7 +119,9 @@ def _exclusions(found: Comparison, part: Slice) -> Iterator[str]:
                 groups.setdefault(told, []).append(entry.label)
         for told, labels in groups.items():
             whose = "" if len(labels) == len(found.entries) else f" ({', '.join(labels)})"
-            yield f"{call.text}{whose}: left out {told}"
+            lines.setdefault((whose, told), []).append(call.text)
+    for (whose, told), metrics in lines.items():
+        yield f"{', '.join(metrics)}{whose}: left out {told}"
 
 
 def table_csv(found: Comparison) -> str:
@@ -200,9 +203,10 @@ a { color: var(--accent); overflow-wrap: anywhere; }
 .wide { overflow-x: auto; } table { border-collapse: collapse; background: var(--card); font-size: 14px; }
 th, td { padding: 5px 10px; border: 1px solid var(--line); text-align: left; vertical-align: top; }
 td { font-variant-numeric: tabular-nums; } td small { display: block; color: var(--muted); white-space: nowrap; }
-td.best { font-weight: 650; } td.level::after { content: " ≈"; color: var(--muted); }
+td.best { font-weight: 650; } td.best small { font-weight: 400; }
 td.same { color: var(--muted); } .plots { display: flex; flex-wrap: wrap; gap: 18px; }
-figure { margin: 0; padding: 12px; border: 1px solid var(--line); border-radius: 8px; background: var(--card); }
+figure { margin: 0; padding: 12px; max-width: 446px; border: 1px solid var(--line); border-radius: 8px;
+  background: var(--card); }
 svg { display: block; max-width: 100%; } svg text { fill: var(--muted); font-size: 11px; }
 svg .axis { stroke: var(--line); } svg path { fill: none; stroke-width: 1.8; }
 .key { display: flex; flex-wrap: wrap; gap: 2px 14px; margin: 6px 0 0; padding: 0; list-style: none; font-size: 13px; }
@@ -259,10 +263,11 @@ def _html_table(found: Comparison, part: Slice) -> Iterator[str]:
         yield f"<tr><th>{html.escape(entry.label)}</th>"
         for call in found.metrics:
             cell = part.cells[call.text, i]
-            kind = {"*": ' class="best"', "=": ' class="level"'}.get(_mark(found, part, call.text, i), "")
+            mark = _mark(found, part, call.text, i)
+            kind, level = (' class="best"' if mark == "*" else ""), (" ≈" if mark == "=" else "")
             limits = f"{number(cell.low)} to {number(cell.high)}, n={cell.n}" if cell.n else "no value"
             title = f' title="left out: {html.escape(left_out(cell), quote=True)}"' if cell.excluded else ""
-            yield f"<td{kind}{title}>{number(cell.mean)}<small>{limits}</small></td>"
+            yield f"<td{kind}{title}>{number(cell.mean)}{level}<small>{limits}</small></td>"
         yield "</tr>"
     yield "</tbody></table></div>"
     lines = list(_exclusions(found, part))
@@ -271,7 +276,11 @@ def _html_table(found: Comparison, part: Slice) -> Iterator[str]:
 
 
 def _html_curves(found: Comparison) -> Iterator[str]:
-    drawn = [call for call in found.metrics if any(text == call.text for text, _ in found.curves)]
+    drawn = [
+        call
+        for call in found.metrics
+        if call.metric.again != "noise" and any(text == call.text for text, _ in found.curves)
+    ]
     if drawn:
         yield '<h2>Curves</h2><div class="plots">'
         for call in drawn:
@@ -281,9 +290,10 @@ def _html_curves(found: Comparison) -> Iterator[str]:
 
 
 def _plot(found: Comparison, metric: str, lines: dict[int, Array]) -> str:
-    """Mean curves over their steps, from the first to the last."""
+    """Mean curves over their points, from the first to the last."""
     high = max(float(np.nanmax(curve)) for curve in lines.values())
     low = min(0.0, *(float(np.nanmin(curve)) for curve in lines.values()))
+    steps = max(map(len, lines.values()))
     left, right, top, bottom = 40, WIDTH - 8, 8, HEIGHT - 22
     paths, keys = [], []
     for i, curve in lines.items():
@@ -301,12 +311,11 @@ def _plot(found: Comparison, metric: str, lines: dict[int, Array]) -> str:
         value = low + share * (high - low)
         grid.append(f'<path class="axis" d="M{left},{y0:.1f} {right},{y0:.1f}"/>')
         grid.append(f'<text x="{left - 5}" y="{y0 + 4:.1f}" text-anchor="end">{value:.2f}</text>')
-        grid.append(f'<text x="{x0:.0f}" y="{HEIGHT - 6}" text-anchor="middle">{share:.0%}</text>')
+        grid.append(f'<text x="{x0:.0f}" y="{HEIGHT - 6}" text-anchor="middle">{1 + share * (steps - 1):g}</text>')
     size = f'width="{WIDTH}" height="{HEIGHT}" viewBox="0 0 {WIDTH} {HEIGHT}"'
     drawing = f'<svg {size} role="img">{"".join(grid)}{"".join(paths)}</svg>'
-    return (
-        f'<figure>{drawing}<ul class="key">{"".join(keys)}</ul><figcaption>{html.escape(metric)}</figcaption></figure>'
-    )
+    caption = f"<figcaption>{html.escape(metric)}, by point</figcaption>"
+    return f'<figure>{drawing}<ul class="key">{"".join(keys)}</ul>{caption}</figure>'
 
 
 def _color(i: int, count: int) -> str:

@@ -240,13 +240,13 @@ def _removed(subject: Subject, parameters: Parameters) -> Bank | None:
 
 
 def _road(subject: Subject, full: float, scores: Array, parameters: Parameters) -> Measured:
-    """`mean over q of (p without the last q% - p without the first q%) / 2`; the curve holds the latter, then the
-    former."""
+    """`mean over q of (p without the last q% - p without the first q%) / 2`; the curve has it at each q."""
     if not len(scores):
         return FLAT
     first, last = np.split(scores.astype(np.float64), 2)
-    notes = {"morf": float(first.mean()), "lerf": float(last.mean())}
-    return Measured(float((last - first).mean() / 2), scores.astype(np.float32), notes=notes)
+    notes = {"without_first": first.tolist(), "without_last": last.tolist()}
+    curve = (last - first) / 2
+    return Measured(float(curve.mean()), curve.astype(np.float32), notes=notes)
 
 
 ROAD = Metric(
