@@ -29,11 +29,11 @@ Place = tuple[int, int, int]  # plan row, method, target
 NOTHING = Subject(np.empty((0, 0)), np.empty((0, 0, 0)), 0, np.empty((0, 4)), "no_boxes", {})
 
 
-def remade(work: Stored, call: MetricCall, methods: Sequence[str], shard: int) -> dict[Place, Measured]:
-    """What a metric of maps made again says of every map of a shard."""
+def remade(work: Stored, call: MetricCall, methods: Sequence[str], block: range) -> dict[Place, Measured]:
+    """What a metric of maps made again says of every map of some images."""
     chosen = [method for method in work.plan.settings["methods"] if method["call"] in methods]
     plan = replace(work.plan, settings={**work.plan.settings, "methods": chosen})
-    again = Again(work, plan, call, methods, shard)
+    again = Again(work, plan, call, methods, block)
     if call.metric.again == "noise":
         again.by_noise()
     else:
@@ -42,10 +42,10 @@ def remade(work: Stored, call: MetricCall, methods: Sequence[str], shard: int) -
 
 
 class Again:
-    """One shard: its maps made again, and compared as they come."""
+    """Some images: their maps made again, and compared as they come."""
 
-    def __init__(self, work: Stored, plan: plans.Plan, call: MetricCall, methods: Sequence[str], shard: int) -> None:
-        self._work, self._plan, self._call, self._methods, self._shard = work, plan, call, methods, shard
+    def __init__(self, work: Stored, plan: plans.Plan, call: MetricCall, methods: Sequence[str], block: range) -> None:
+        self._work, self._plan, self._call, self._methods, self._block = work, plan, call, methods, block
         self._compared: dict[Place, list[float]] = defaultdict(list)
         self._refused: dict[Place, Measured] = {}
         self._stored: dict[int, Maps] = {}  # of the images in flight
@@ -142,7 +142,7 @@ class Again:
         def made(each: tuple[int, Maps]) -> Prepared:
             return prepare(self._work.listed(each[0]), *how)
 
-        images = self._work.images(self._shard, self._methods)
+        images = self._work.images(self._block, self._methods)
         for (row, maps), prepared in ahead(pool, 2 * self._work.threads + 2, images, made):
             targets = targets_of(maps)
             for j, rows in enumerate(maps):

@@ -1,4 +1,4 @@
-"""Metric rows beside a run's maps: what is missing is computed, shard by shard, and nothing else."""
+"""Metric rows beside a run's maps: what is missing is computed, block by block, and nothing else."""
 
 from __future__ import annotations
 
@@ -6,10 +6,11 @@ import json
 import math
 import signal
 import time
+from bisect import bisect_right
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 from itertools import groupby
 from pathlib import Path
 from typing import Any
@@ -32,6 +33,8 @@ from .stored import Maps, Stored, refused, targets_of
 from .table import check_slices
 from .worker import Prepared, ahead, prepare
 
+BLOCK_SECONDS = 60.0
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Evaluation:
@@ -52,7 +55,7 @@ class Evaluated:
     Attributes:
         methods: the calls that were evaluated.
         rows: metric rows that there are now of what was asked, by status.
-        computed: shards of a group of metrics that were new.
+        computed: blocks of images that were evaluated now.
         shards: with maps, and of the whole run.
         stages: seconds of the engine's stages over the maps as they are, and of all of it but opening the model (wall);
             empty where nothing was computed.
@@ -70,17 +73,11 @@ class Evaluated:
 
 @dataclass(frozen=True, slots=True)
 class Group:
-    """Metrics that the same methods lack, and the shards that lack them."""
+    """Metrics that the same methods lack, and the blocks of images that lack them: a block is one commit."""
 
     metrics: tuple[MetricCall, ...]
     methods: tuple[str, ...]
-    shards: tuple[int, ...]
-
-    @property
-    def rounds(self) -> list[tuple[MetricCall, ...]]:
-        """What is computed together: the metrics of maps as they are, and each of maps made again."""
-        plain = tuple(call for call in self.metrics if call.metric.again is None)
-        return [*([plain] if plain else []), *((call,) for call in self.metrics if call.metric.again is not None)]
+    blocks: tuple[range, ...]
 
 
 def evaluate(job: Evaluation, style: str = "auto") -> list[Evaluated]:
@@ -91,7 +88,7 @@ def evaluate(job: Evaluation, style: str = "auto") -> list[Evaluated]:
 
     Raises:
         HeatmillError: a run, a metric, a method or the model is refused; or stopped early and resumable.
-        KeyboardInterrupt: interrupted; the shards in flight are lost, the same command goes on.
+        KeyboardInterrupt: interrupted; the blocks in flight are lost, the same command goes on.
     """
     metrics = parse_metrics(job.metrics)
     if not job.runs or not metrics:
@@ -145,51 +142,94 @@ def _evaluate(
     shards = sorted(store.committed(run.path))
     if not shards:
         raise InputError(f"{run.path}: has no maps yet; heatmill explain makes them")
-    groups = missing(run, metrics, methods, shards)
+    groups = [group for calls in together(metrics) for group in missing(run, calls, methods, shards)]
     stages: Counter[str] = Counter()
     if groups:
         work = Stored(run, job.model, job.workers)
-        total = sum(len(work.plan.rows(shard)) * len(group.rounds) for group in groups for shard in group.shards)
-        with Progress(total, style, "evaluating") as progress:
+        with Progress(sum(len(block) for group in groups for block in group.blocks), style, "evaluating") as progress:
             if len(shards) < run.shards:
                 progress.note(f"note: {run.path} has {len(shards)} of {run.shards} shards; they are evaluated")
             for group in groups:
-                for calls in group.rounds:
-                    if calls[0].metric.again is None:
-                        measure(work, replace(group, metrics=calls), progress, stages)
-                    else:
-                        measure_again(work, replace(group, metrics=calls), progress)
+                if group.metrics[0].metric.again is None:
+                    measure(work, group, progress, stages)
+                else:
+                    measure_again(work, group, progress)
     table = measures.read(run, [call.text for call in metrics], methods)
     return Evaluated(
         run=str(run.path),
         methods=methods,
         metrics=tuple(call.text for call in metrics),
         statuses=dict(sorted(Counter(table["status"].to_pylist()).items())),
-        computed=sum(len(group.shards) for group in groups),
+        computed=sum(len(group.blocks) for group in groups),
         shards=(len(shards), run.shards),
         seconds=time.perf_counter() - began,
         stages={name: round(value, 4) for name, value in stages.items()},
     )
 
 
+def together(metrics: Sequence[MetricCall]) -> list[tuple[MetricCall, ...]]:
+    """What is computed together: the metrics of maps as they are, and each of maps made again."""
+    plain = tuple(call for call in metrics if call.metric.again is None)
+    return [*([plain] if plain else []), *((call,) for call in metrics if call.metric.again is not None)]
+
+
 def missing(
     run: store.Run, metrics: Sequence[MetricCall], methods: Sequence[str], shards: Sequence[int]
 ) -> list[Group]:
-    """What is still to be computed."""
-    have = measures.done(run, metrics)
-    groups: dict[tuple[tuple[str, ...], tuple[str, ...]], list[int]] = {}
+    """What is still to be computed, in blocks of images of about BLOCK_SECONDS."""
+    whole, step = int(run.settings["shard_rows"]), block_rows(run, metrics, methods)
+    have: dict[tuple[str, str, int], list[range]] = defaultdict(list)
+    for pair, blocks in measures.done(run, metrics).items():
+        for block in blocks:
+            have[*pair, block.start // whole].append(block)
+    lacking: dict[tuple[int, int], dict[str, list[MetricCall]]] = defaultdict(lambda: defaultdict(list))
     for shard in shards:
-        lacking: dict[tuple[str, ...], list[str]] = defaultdict(list)
-        for method in methods:
-            texts = tuple(call.text for call in metrics if (call.text, method) not in have[shard])
-            if texts:
-                lacking[texts].append(method)
-        for texts, names in lacking.items():
-            groups.setdefault((texts, tuple(names)), []).append(shard)
+        end = min((shard + 1) * whole, int(run.settings["images"]))
+        for start in range(shard * whole, end, step):
+            for method in methods:
+                for call in metrics:
+                    for block in uncovered(range(start, start + step), have[call.text, method, shard]):
+                        if block.start < end:
+                            lacking[block.start, min(block.stop, end)][method].append(call)
+    groups: dict[tuple[tuple[str, ...], tuple[str, ...]], list[range]] = {}
+    for place, by_method in sorted(lacking.items()):
+        alike: dict[tuple[str, ...], list[str]] = defaultdict(list)
+        for method, calls in by_method.items():
+            alike[tuple(call.text for call in calls)].append(method)
+        for texts, names in alike.items():
+            groups.setdefault((texts, tuple(names)), []).append(range(*place))
     by_text = {call.text: call for call in metrics}
     return [
         Group(tuple(by_text[text] for text in texts), names, tuple(found)) for (texts, names), found in groups.items()
     ]
+
+
+def uncovered(block: range, done: Sequence[range]) -> list[range]:
+    """The parts of a block, halved as often as need be, that no range holds; all are halves of halves of a shard."""
+    near = [each for each in done if each.start < block.stop and block.start < each.stop]
+    if not near:
+        return [block]
+    if len(block) == 1 or any(each.start <= block.start and block.stop <= each.stop for each in near):
+        return []
+    middle = (block.start + block.stop) // 2
+    return uncovered(range(block.start, middle), near) + uncovered(range(middle, block.stop), near)
+
+
+def block_rows(run: store.Run, metrics: Sequence[MetricCall], methods: Sequence[str]) -> int:
+    """Images that take about BLOCK_SECONDS, a power of two and a shard at most.
+
+    Maps made again take at least as long as a shard took: by noise, so many times; with shuffled weights a shard stays
+    whole, as a session is opened for every stage.
+    """
+    whole, (first, *_) = int(run.settings["shard_rows"]), metrics
+    if first.metric.again == "noise":
+        return max(1, whole >> math.ceil(math.log2(int(first.parameters["samples"]) + 1)))
+    if first.metric.again is not None:
+        return whole
+    targets = int(run.settings["rows_per_image"]) // len(run.settings["methods"])
+    passes = 1 + len(methods) * targets * sum(call.metric.passes(call.parameters) for call in metrics)
+    images = BLOCK_SECONDS * float(run.settings["rows_per_second"]) / passes
+    return min(whole, 1 << math.floor(math.log2(max(images, 1))))
 
 
 def measure(work: Stored, group: Group, progress: Progress, stages: Counter[str]) -> None:
@@ -211,12 +251,12 @@ def measure(work: Stored, group: Group, progress: Progress, stages: Counter[str]
 
 
 def measure_again(work: Stored, group: Group, progress: Progress) -> None:
-    """A metric of maps made again, a shard at a time."""
+    """A metric of maps made again, a block at a time."""
     (call,) = group.metrics
-    for shard in group.shards:
-        found = remade(work, call, group.methods, shard)
-        collector = Collector(work, group, progress)
-        for row, maps in work.images(shard, group.methods):
+    collector = Collector(work, group, progress)
+    for block in group.blocks:
+        found = remade(work, call, group.methods, block)
+        for row, maps in work.images(block, group.methods):
             collector.waiting[row] = maps
             collector.add(row, [found[row, j, k] for j, each in enumerate(maps) for k, _ in enumerate(each)])
 
@@ -225,7 +265,7 @@ def _items(
     work: Stored, pool: ThreadPoolExecutor, group: Group, loaded: Loaded, collector: Collector
 ) -> Iterator[Item]:
     """The images whose maps can be judged; the others go to the collector at once."""
-    waiting = (each for shard in group.shards for each in work.images(shard, group.methods))
+    waiting = (each for block in group.blocks for each in work.images(block, group.methods))
 
     def made(each: tuple[int, Maps]) -> tuple[Prepared, Given]:
         image = work.listed(each[0])
@@ -285,11 +325,12 @@ def said(explanation: Explanation) -> Measured:
 
 
 class Collector:
-    """Gathers metric rows by shard and commits a shard when its last image is done."""
+    """Gathers metric rows by block and commits a block when its last image is done."""
 
     def __init__(self, work: Stored, group: Group, progress: Progress) -> None:
         self._work, self._group, self._progress = work, group, progress
-        self._shards: dict[int, dict[int, list[dict[str, Any]]]] = defaultdict(dict)
+        self._starts = [block.start for block in group.blocks]
+        self._blocks: dict[range, dict[int, list[dict[str, Any]]]] = defaultdict(dict)
         self.waiting: dict[int, Maps] = {}
 
     def add(self, row: int, measured: Sequence[Measured]) -> None:
@@ -297,17 +338,16 @@ class Collector:
         maps, calls = self.waiting.pop(row), self._group.metrics
         flat = [each for rows in maps for each in rows]
         by_metric = [measured[m * len(flat) : (m + 1) * len(flat)] for m in range(len(calls))]
-        shard = row // self._work.plan.shard_rows
-        images = self._shards[shard]
+        block = self._group.blocks[bisect_right(self._starts, row) - 1]
+        images = self._blocks[block]
         images[row] = [
             metric_row(each, call, by_metric[m][i]) for i, each in enumerate(flat) for m, call in enumerate(calls)
         ]
         self._progress.advance(1, any(each.status in store.STATUSES[1:] for each in measured))
-        expected = self._work.plan.rows(shard)
-        if len(images) == len(expected):
-            rows = [values for each in expected for values in images[each]]
-            measures.write(self._work.run, shard, rows, calls, self._group.methods)
-            del self._shards[shard]
+        if len(images) == len(block):
+            rows = [values for each in block for values in images[each]]
+            measures.write(self._work.run, block, rows, calls, self._group.methods)
+            del self._blocks[block]
 
 
 def metric_row(row: Row, call: MetricCall, measured: Measured) -> dict[str, Any]:

@@ -55,23 +55,28 @@ def described(call: MetricCall) -> dict[str, Any]:
 
 
 def write(
-    run: store.Run, shard: int, rows: Sequence[Mapping[str, Any]], metrics: Sequence[MetricCall], methods: Sequence[str]
+    run: store.Run,
+    block: range,
+    rows: Sequence[Mapping[str, Any]],
+    metrics: Sequence[MetricCall],
+    methods: Sequence[str],
 ) -> None:
-    """Commit what some metrics say of some methods' maps of one shard."""
+    """Commit what some metrics say of some methods' maps of a block of images."""
     settings = run.settings
     told = {
         "format": FORMAT,
         "plan_hash": settings["plan_hash"],
-        "shard": shard,
+        "images": [block.start, block.stop],
         "metrics": [described(call) for call in metrics],
         "methods": list(methods),
         "heatmill": __version__,
         **{key: settings[key] for key in ("backend", "provider", "precision", "seed")},
     }
     footer = json.dumps(told, sort_keys=True)
-    named = hashlib.sha256(json.dumps([told["metrics"], told["methods"]], sort_keys=True).encode()).hexdigest()[:8]
+    key = json.dumps([told[name] for name in ("images", "metrics", "methods")], sort_keys=True)
+    named = hashlib.sha256(key.encode()).hexdigest()[:8]
     table = pa.Table.from_pylist(list(rows), schema=SCHEMA.with_metadata({b"heatmill": footer.encode()}))
-    store.commit(run.path, f"metrics/part-{shard:06d}-{named}.parquet", store.parquet_bytes(table))
+    store.commit(run.path, f"metrics/part-{block.start:09d}-{named}.parquet", store.parquet_bytes(table))
 
 
 def parts(run: store.Run) -> list[tuple[Path, dict[str, Any]]]:
@@ -82,7 +87,7 @@ def parts(run: store.Run) -> list[tuple[Path, dict[str, Any]]]:
     """
     found = []
     for path in sorted((run.path / "metrics").glob("part-*.parquet")):
-        if not re.fullmatch(r"part-\d{6,}-[0-9a-f]{8}\.parquet", path.name):
+        if not re.fullmatch(r"part-\d{9,}-[0-9a-f]{8}\.parquet", path.name):
             continue
         with store.naming(path, AGAIN):
             footer = json.loads((pq.read_schema(path).metadata or {})[b"heatmill"])
@@ -90,17 +95,18 @@ def parts(run: store.Run) -> list[tuple[Path, dict[str, Any]]]:
         if not belongs:
             raise RunError(f"{path}: belongs to another run; delete it, and {AGAIN} makes its own")
         found.append((path, footer))
-    return sorted(found, key=lambda part: (part[1]["shard"], part[0].name))
+    return sorted(found, key=lambda part: (part[1]["images"], part[0].name))
 
 
-def done(run: store.Run, metrics: Sequence[MetricCall]) -> dict[int, set[Pair]]:
-    """By shard, the pairs of a metric and a method that have their rows."""
+def done(run: store.Run, metrics: Sequence[MetricCall]) -> dict[Pair, list[range]]:
+    """By metric and method, the images that have their rows."""
     known = {json.dumps(described(call), sort_keys=True): call.text for call in metrics}
-    pairs: dict[int, set[Pair]] = defaultdict(set)
+    found: dict[Pair, list[range]] = defaultdict(list)
     for _, footer in parts(run):
-        texts = (known.get(json.dumps(each, sort_keys=True)) for each in footer["metrics"])
-        pairs[footer["shard"]] |= {(text, method) for text in texts if text for method in footer["methods"]}
-    return pairs
+        for text in (known.get(json.dumps(each, sort_keys=True)) for each in footer["metrics"]):
+            for method in footer["methods"] if text else ():
+                found[str(text), method].append(range(*footer["images"]))
+    return found
 
 
 def read(run: store.Run, metrics: Sequence[str] | None = None, methods: Sequence[str] | None = None) -> pa.Table:
@@ -129,17 +135,16 @@ def verify(run: store.Run) -> int:
         RunError: the first damage found, with the part's name.
     """
     settings = run.settings
-    images, size = store.read_plan(run.path, settings)["id"].to_pylist(), int(settings["shard_rows"])
+    images = store.read_plan(run.path, settings)["id"].to_pylist()
     each = int(settings["rows_per_image"]) // len(settings["methods"])
     count = 0
     for path, footer in parts(run):
         with store.naming(path, AGAIN):
             table = pq.read_table(path, page_checksum_verification=True)
             calls = [metric["call"] for metric in footer["metrics"]]
-            first = footer["shard"] * size
             expected = [
                 (name, method, call)
-                for name in images[first : first + size]
+                for name in images[slice(*footer["images"])]
                 for method in footer["methods"]
                 for _ in range(each)
                 for call in calls

@@ -283,13 +283,15 @@ class Run:
         for path in self.parts():
             yield from self._part_rows(path, method, target, status)
 
-    def shard_rows(self, shard: int) -> Iterator[Row]:
-        """The rows of one committed shard, in plan order.
+    def rows_of(self, images: range) -> Iterator[Row]:
+        """The rows of some images, given by their places in the plan, of one committed shard.
 
         Raises:
             RunError: its part is damaged.
         """
-        yield from self._part_rows(self.path / part_name(shard))
+        yield from self._part_rows(
+            self.path / part_name(images.start // int(self.settings["shard_rows"])), images=images
+        )
 
     def table(self) -> pa.Table:
         """Every column but the maps.
@@ -306,10 +308,15 @@ class Run:
         return pa.concat_tables(tables) if tables else pa.schema(COLUMNS).empty_table().select(kept)
 
     def _part_rows(
-        self, path: Path, method: str | None = None, target: int | None = None, status: str | None = None
+        self,
+        path: Path,
+        method: str | None = None,
+        target: int | None = None,
+        status: str | None = None,
+        images: range | None = None,
     ) -> Iterator[Row]:
         finishes: dict[str, tuple[str, ...]] = {}
-        for values, raw in self._values(path):
+        for values, raw in self._values(path, images):
             call = values["method"]
             if method is not None and not names_call(method, call):
                 continue
@@ -320,8 +327,8 @@ class Run:
                 finishes[call] = parsed.method.finish(parsed.parameters)
             yield self._row(values, raw, finishes[call])
 
-    def _values(self, path: Path) -> Iterator[tuple[dict[str, Any], Array | None]]:
-        """The columns of each row of a part, and its map."""
+    def _values(self, path: Path, images: range | None = None) -> Iterator[tuple[dict[str, Any], Array | None]]:
+        """The columns of each row of a part, or of some images, and its map."""
         with naming(path), pq.ParquetFile(path, page_checksum_verification=True) as file:
             for batch in file.iter_batches(batch_size=256):
                 maps = None
@@ -330,6 +337,8 @@ class Run:
                     maps = column.values.to_numpy(zero_copy_only=False).reshape(-1, *self.grid)[column.offset :]
                     batch = batch.drop_columns(["map"])
                 for i, values in enumerate(batch.to_pylist()):
+                    if images is not None and values["row"] not in images:
+                        continue
                     shape, packed_arrays = values.pop("map_shape"), values.get("arrays")
                     values["arrays"] = decode_arrays(packed_arrays) if packed_arrays else {}
                     if values.get("map_scale") is not None:

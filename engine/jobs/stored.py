@@ -39,9 +39,9 @@ class Stored:
         settings = self.plan.settings
         return open_best(loaded, settings["backend"], settings["provider"], settings["precision"], self.size)
 
-    def images(self, shard: int, methods: Sequence[str]) -> Iterator[tuple[int, Maps]]:
-        """The images of a shard by their place in the plan, with the rows of some methods' maps."""
-        for row, rows in groupby(self.run.shard_rows(shard), key=lambda each: each.row):
+    def images(self, block: range, methods: Sequence[str]) -> Iterator[tuple[int, Maps]]:
+        """Images of one shard by their place in the plan, with the rows of some methods' maps."""
+        for row, rows in groupby(self.run.rows_of(block), key=lambda each: each.row):
             by_method = {call: tuple(each) for call, each in groupby(rows, key=lambda each: each.method)}
             yield row, tuple(by_method[call] for call in methods)
 

@@ -226,13 +226,39 @@ def test_what_is_there_is_not_computed_again(run, monkeypatch):
         evaluation, "measure", lambda work, group, *others: ran.append(group) or measure(work, group, *others)
     )
     (found,) = evaluate(Evaluation(runs=(run,), metrics=("increase", "sparseness")), "quiet")
-    told = [([call.text for call in group.metrics], group.methods, group.shards) for group in ran]
-    shards = (0, 1, 2, 3)
-    assert told == [(["sparseness"], ("cam",), shards), (["increase", "sparseness"], ("saliency",), shards)]
+    told = [([call.text for call in group.metrics], group.methods, group.blocks) for group in ran]
+    blocks = (range(0, 2), range(2, 4), range(4, 6), range(6, 7))
+    assert told == [(["sparseness"], ("cam",), blocks), (["increase", "sparseness"], ("saliency",), blocks)]
     assert sum(found.statuses.values()) == 7 * 2 * 2 * 2
     ran.clear()
     (found,) = evaluate(Evaluation(runs=(run,), metrics=("sparseness", "increase:keep=1")), "quiet")
     assert (ran, found.computed, found.stages) == ([], 0, {})
+
+
+def test_blocks_are_about_a_minute_and_fit_together(run, monkeypatch):
+    """Whatever the size of what is there, no image is judged twice."""
+    opened = open_run(run)
+    assert evaluation.block_rows(opened, parse_metrics(["rise"]), METHODS) == 2, "a shard at most"
+    monkeypatch.setattr(evaluation, "BLOCK_SECONDS", 0.3)  # 300 rows of the network
+    assert evaluation.block_rows(opened, parse_metrics(["rise"]), METHODS) == 1, "1 + 2 x 2 x 56 rows for an image"
+    evaluate(Evaluation(runs=(run,), metrics=("deletion",)), "quiet")
+    assert len(list((run / "metrics").iterdir())) == 4, "1 + 2 x 2 x 28 rows: two images"
+    (found,) = evaluate(Evaluation(runs=(run,), metrics=("rise",)), "quiet")
+    assert found.computed == 7
+    assert len(rows(run)) == 7 * 2 * 2 * 2
+    assert measures.verify(opened) == 7 * 2 * 2 * 2
+    for samples, block in ((1, 1), (3, 1)):
+        calls = parse_metrics([f"max-sensitivity:samples={samples}"])
+        assert evaluation.block_rows(opened, calls, METHODS) == block
+    assert evaluation.block_rows(opened, parse_metrics(["sanity-cascade"]), METHODS) == 2
+
+
+def test_what_no_range_holds():
+    done = [range(8, 10), range(12, 16)]
+    assert evaluation.uncovered(range(8, 16), done) == [range(10, 12)]
+    assert evaluation.uncovered(range(0, 8), done) == [range(0, 8)]
+    assert evaluation.uncovered(range(12, 14), done) == []
+    assert evaluation.uncovered(range(8, 12), [range(8, 9)]) == [range(9, 10), range(10, 12)]
 
 
 def test_only_shards_with_maps_are_evaluated(run, capsys):
