@@ -23,7 +23,7 @@ from ..passes import open_passes
 from ..types import Array, Item, Measured, MetricCall, Subject
 from . import plan as plans
 from .stored import Maps, Stored, refused, targets_of
-from .worker import Prepared, ahead, prepare
+from .worker import Prepared, ahead
 
 Place = tuple[int, int, int]  # plan row, method, target
 NOTHING = Subject(np.empty((0, 0)), np.empty((0, 0, 0)), 0, np.empty((0, 4)), "no_boxes", {})
@@ -137,10 +137,8 @@ class Again:
                 pool.shutdown(cancel_futures=True)
 
     def _items(self, pool: ThreadPoolExecutor, loaded: Loaded) -> Iterator[Item]:
-        how = (loaded.spec, loaded.model.input.dtype, loaded.segmentations)
-
         def made(each: tuple[int, Maps]) -> Prepared:
-            return prepare(self._work.listed(each[0]), *how)
+            return self._work.prepared(self._work.listed(each[0]), each[1], loaded)
 
         images = self._work.images(self._block, self._methods)
         for (row, maps), prepared in ahead(pool, 2 * self._work.threads + 2, images, made):

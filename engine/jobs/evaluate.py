@@ -31,7 +31,7 @@ from .progress import Progress
 from .store import Row
 from .stored import Maps, Stored, refused, targets_of
 from .table import check_slices
-from .worker import Prepared, ahead, prepare
+from .worker import Prepared, ahead
 
 BLOCK_SECONDS = 60.0
 
@@ -54,7 +54,7 @@ class Evaluated:
 
     Attributes:
         methods: the calls that were evaluated.
-        rows: metric rows that there are now of what was asked, by status.
+        statuses: metric rows that there are now of what was asked, by status.
         computed: blocks of images that were evaluated now.
         shards: with maps, and of the whole run.
         stages: seconds of the engine's stages over the maps as they are, and of all of it but opening the model (wall);
@@ -269,7 +269,7 @@ def _items(
 
     def made(each: tuple[int, Maps]) -> tuple[Prepared, Given]:
         image = work.listed(each[0])
-        prepared = prepare(image, loaded.spec, loaded.model.input.dtype)
+        prepared = work.prepared(image, each[1], loaded)
         return prepared, subjects(each[1], prepared, image["boxes"], work.run.input_size)
 
     for (row, maps), (prepared, given) in ahead(pool, 2 * work.threads + 2, waiting, made):

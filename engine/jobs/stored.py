@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from itertools import groupby
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,7 @@ from ..types import Measured
 from . import plan as plans
 from . import store
 from .store import Row
-from .worker import Prepared
+from .worker import Prepared, prepare
 
 Maps = tuple[tuple[Row, ...], ...]  # of one image, by method and target
 
@@ -49,6 +49,12 @@ class Stored:
         """What the plan says of an image."""
         values: dict[str, Any] = self.plan.images.slice(row, 1).to_pylist()[0]
         return values
+
+    def prepared(self, image: Mapping[str, Any], maps: Maps, loaded: Loaded) -> Prepared:
+        """An image read again; one without a map is left alone, as it may be what killed the run's worker."""
+        if all(row.status != "ok" for rows in maps for row in rows):
+            return Prepared(None)
+        return prepare(image, loaded.spec, loaded.model.input.dtype, loaded.segmentations)
 
 
 def refused(row: Row, prepared: Prepared) -> Measured:

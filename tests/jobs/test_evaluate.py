@@ -20,7 +20,7 @@ from heatmill.engine.evaluator import orders
 from heatmill.engine.explainer import _rank_masks
 from heatmill.engine.jobs import evaluate as evaluation
 from heatmill.engine.jobs import job as jobs
-from heatmill.engine.jobs import measures, store
+from heatmill.engine.jobs import measures, store, worker
 from heatmill.engine.jobs import plan as plans
 from heatmill.engine.jobs.evaluate import Evaluation, evaluate, input_boxes
 from heatmill.engine.jobs.plan import Job
@@ -167,6 +167,23 @@ def test_a_photograph_that_is_gone_since_the_run_is_a_row(run, place, tmp_path):
         ("photo2.png", "increase"): "ok",
         ("photo2.png", "max-sensitivity:samples=1"): "ok",
     }
+
+
+def test_an_image_without_a_map_is_not_opened_again(run, monkeypatch):
+    """It may be what killed the worker."""
+    part = run / "data" / "part-000001.parquet"
+    table = pq.read_table(part)
+    statuses = ["worker_crash"] * 4 + table["status"].to_pylist()[4:]
+    at = table.column_names.index("status")
+    pq.write_table(table.set_column(at, "status", [statuses]), part)
+    opened, read = [], worker.sources.read
+    monkeypatch.setattr(worker.sources, "read", lambda uri, *others: opened.append(uri) or read(uri, *others))
+    evaluate(Evaluation(runs=(run,), metrics=("increase", "max-sensitivity:samples=1")), "quiet")
+    killer = open_run(run).table()["uri"][8].as_py()
+    assert len(set(opened)) == 5, "nor the one that was not there"
+    assert killer not in opened
+    found = {row["status"] for row in rows(run) if row["row"] == 2}
+    assert found == {"worker_crash"}
 
 
 # --- resume ---------------------------------------------------------------------------------------------------
