@@ -204,6 +204,26 @@ def _read_config(context: click.Context, parameter: click.Parameter, value: Path
     return value
 
 
+def _list_metrics(context: click.Context, parameter: click.Parameter, value: bool) -> None:
+    """Print the metrics and presets, and end."""
+    if not value:
+        return
+    from .engine.metrics import METRICS, PRESETS
+
+    for metric in METRICS.values():
+        click.echo(f"{metric.name} ({metric.better} is better): {metric.summary}\n    {metric.citation}")
+        _echo_parameters(metric.parameters)
+    for name, calls in PRESETS.items():
+        click.echo(f"preset {name}: {' '.join(calls)}")
+    context.exit()
+
+
+def _echo_parameters(parameters: Any) -> None:
+    for key, parameter in parameters.items():
+        choices = f" ({', '.join(parameter.choices)})" if parameter.choices else ""
+        click.echo(f"    {key}={parameter.default}  {parameter.doc}{choices}")
+
+
 @click.group(cls=Program, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
 @click.version_option(__version__, prog_name="heatmill")
 def main() -> None:
@@ -393,9 +413,7 @@ def methods(as_json: bool, debug: bool) -> None:
         return
     for method in METHODS.values():
         click.echo(f"{method.name}: {method.summary}\n    {method.citation}")
-        for key, parameter in method.parameters.items():
-            choices = f" ({', '.join(parameter.choices)})" if parameter.choices else ""
-            click.echo(f"    {key}={parameter.default}  {parameter.doc}{choices}")
+        _echo_parameters(method.parameters)
 
 
 @main.command()
@@ -416,21 +434,83 @@ def doctor(as_json: bool, debug: bool) -> None:
 @click.argument("run", type=click.Path(path_type=Path))
 @common_options
 def verify(run: Path, as_json: bool, debug: bool) -> int:
-    """Read every byte of a run: checksums, rows, order, maps.
+    """Read every byte of a run: checksums, rows, order, maps, metric rows.
 
     Exit code 4 says that shards are missing, 5 that something is damaged.
 
     Example: heatmill verify run
     """
+    from .engine.jobs.measures import verify as check_metrics
+    from .engine.jobs.store import open_run
     from .engine.jobs.store import verify as check
 
     counts = check(run)
+    if metric_rows := check_metrics(open_run(run)):
+        counts["metric_rows"] = metric_rows
     complete = counts["committed"] == counts["shards"]
     text = f"{run}: {counts['committed']} of {counts['shards']} shards, {counts['rows']} rows, {counts['ok']} maps"
+    text += f", {metric_rows} metric rows" if metric_rows else ""
     click.echo(
         json.dumps({"run": str(run), **counts}) if as_json else f"{text}: {'sound' if complete else 'incomplete'}"
     )
     return 0 if complete else 4
+
+
+@main.command()
+@click.argument("runs", nargs=-1, required=True, type=click.Path(path_type=Path))
+@click.option(
+    "--metric",
+    "metrics",
+    multiple=True,
+    default=["standard"],
+    show_default=True,
+    metavar="NAME[:key=value,...]",
+    help="Metric or preset, repeatable; --list names them.",
+)
+@click.option(
+    "-m", "--method", "methods", multiple=True, metavar="NAME", help="Only maps of this method; repeatable [all]."
+)
+@click.option("--by", multiple=True, metavar="COLUMN", help="Slice by class, correct, label or a manifest's column.")
+@click.option("-o", "--out", type=click.Path(path_type=Path), help="Folder of the table [RUN/report/evaluation].")
+@click.option("--model", type=click.Path(path_type=Path), help="Where the model file is now [where it was].")
+@click.option("--workers", type=click.IntRange(1, 256), help="Threads that decode images [default: the cores].")
+@click.option("--quiet", is_flag=True, help="No progress.")
+@click.option(
+    "--list",
+    "listed",
+    is_flag=True,
+    expose_value=False,
+    is_eager=True,
+    callback=_list_metrics,
+    help="List the metrics and presets, and do nothing.",
+)
+@common_options
+def evaluate(runs: tuple[Path, ...], out: Path | None, quiet: bool, as_json: bool, debug: bool, **options: Any) -> None:
+    """Measure how far a run's maps can be trusted, and compare methods and runs.
+
+    Metric rows go to RUN/metrics, beside the maps; what is there already is kept. The table is printed, and written as
+    Markdown, CSV and an HTML page.
+
+    \b
+    Example: heatmill evaluate run
+             heatmill evaluate run --metric rise --metric pointing-game:tolerance=0 --by correct
+    """
+    from .engine.jobs.evaluate import Evaluation
+    from .engine.jobs.evaluate import evaluate as measure
+    from .engine.jobs.store import open_run
+    from .engine.jobs.table import compare_metrics
+    from .engine.jobs.table_pages import table_json, table_text, write_pages
+
+    found = measure(Evaluation(runs=runs, **options), "quiet" if quiet else "auto")
+    opened = [open_run(run) for run in runs]
+    table = compare_metrics(opened, options["metrics"], [each.methods for each in found], options["by"])
+    page = write_pages(table, opened, out or runs[0] / "report" / "evaluation")
+    if as_json:
+        told = [{name: getattr(each, name) for name in each.__slots__} for each in found]
+        click.echo(json.dumps({"runs": told, "page": str(page), **table_json(table)}))
+    else:
+        click.echo(table_text(table), nl=False)
+        click.echo(str(page))
 
 
 @main.command()

@@ -17,7 +17,7 @@ import numpy as np
 from ..kernels import host
 from ..kernels.cuda import Kernels
 from ..kernels.device import DeviceArray
-from ..kernels.masks import Grids, Maps, Masks, Segments, Windows
+from ..kernels.masks import Grids, Maps, Masks, Ranks, Segments, Windows
 from ..models.preprocess import normalise
 from ..models.spec import ModelSpec
 from .backends import DeviceSession, Session
@@ -32,6 +32,7 @@ from .types import (
     Item,
     MapBank,
     PathBank,
+    RankBank,
     SegmentBank,
     Summed,
     TapBank,
@@ -57,6 +58,12 @@ def _blurred(image: Array, spec: ModelSpec, size: str = "51", sigma: str = "50")
     return host.blur(image.transpose(2, 0, 1).astype(np.float32), kernel, deviation).transpose(1, 2, 0)
 
 
+def _rise_blurred(image: Array, spec: ModelSpec) -> Array:
+    if spec.layout == "NCHW":
+        return host.rise_blur(image.astype(np.float32))
+    return host.rise_blur(image.transpose(2, 0, 1).astype(np.float32)).transpose(1, 2, 0)
+
+
 def _segment_means(image: Array, spec: ModelSpec, segments: Array) -> Array:
     if spec.layout == "NCHW":
         return host.segment_means(image, segments)
@@ -76,9 +83,12 @@ BASELINES: dict[str, Callable[..., Array | None]] = {
     "black": _black,
     "mean": _mean,
     "blur": _blurred,
+    "rise-blur": _rise_blurred,
     "least": _least,
     "greatest": _greatest,
 }
+
+ROAD = "road"  # no baseline: what is hidden is filled in from around it
 
 Wish = tuple[slice, Array, str]  # rows of a batch, classes, kind of score
 
@@ -141,8 +151,14 @@ class HostCanvas:
         if isinstance(bank, TapBank) and features is not None:
             np.multiply(features, bank.masks[rows], out=self.taps[slots])
             return
-        baseline, layout, size = self.baseline(item, asked), self._loaded.spec.layout, self._loaded.facts.size
+        layout, size = self._loaded.spec.layout, self._loaded.facts.size
         masks = self._masks[: rows.stop - rows.start]
+        if isinstance(bank, RankBank):
+            _rank_masks(bank, rows, masks)
+        if asked.baseline == ROAD:
+            host.impute(image, masks, self._road_noise(item, bank, rows), layout, out=place)
+            return
+        baseline = self.baseline(item, asked)
         if isinstance(bank, PathBank):
             masks[:] = bank.shares[rows, None, None]
             for i, draw in enumerate(bank.draws[rows]):
@@ -198,6 +214,24 @@ class HostCanvas:
         deviation = share * (float(item.image.max()) - float(item.image.min()))
         return np.asarray(item.image + deviation * generator.standard_normal(item.image.shape, dtype=np.float32))
 
+    def _road_noise(self, item: Item, bank: Bank, rows: slice) -> Array:
+        """Standard normal numbers for imputed rows; those of one image are the same for every map and order."""
+        if not isinstance(bank, RankBank):
+            raise ValueError("only rank masks are imputed")
+        noise = np.empty((rows.stop - rows.start, *item.image.shape), dtype=np.float32)
+        for out, threshold in zip(noise, bank.thresholds[rows], strict=True):
+            stream = [0, 0, crc32(ROAD.encode()), int(threshold)]
+            generator = np.random.Generator(np.random.Philox(key=random_key(self._seed, item), counter=stream))
+            generator.standard_normal(dtype=np.float32, out=out)
+        return noise
+
+
+def _rank_masks(bank: RankBank, rows: slice, out: Array) -> None:
+    """Masks of some rows; those of one order are made together."""
+    of, thresholds = bank.of[rows], bank.thresholds[rows]
+    for part in np.split(np.arange(len(of)), np.flatnonzero(np.diff(of)) + 1):
+        host.rank_masks(bank.ranks[of[part[0]]], thresholds[part], out=out[part[0] : part[-1] + 1])
+
 
 def random_key(seed: int, item: Item) -> Array:
     """Philox's key for the random numbers of an image."""
@@ -233,9 +267,20 @@ class DeviceCanvas:
         self, slots: slice, item: Item, asked: Asked, rows: slice, name: str = "", features: Array | None = None
     ) -> None:
         """Some rows of what is asked of an image."""
-        if asked.bank is None:
+        bank = asked.bank
+        if bank is None:
             raise ValueError("rows without masks are not for the network alone")
-        self._blend(slots, item.image, self._masks(asked.bank, rows), self._baseline(item, asked))
+        if asked.baseline == ROAD:
+            self._on_host.paint(slots, item, asked, rows, name, features)
+            painted = np.ascontiguousarray(self._on_host.images[slots], self._images.dtype)
+            out = self._images.rows(slots.start, slots.stop)
+            self._kernels.upload(painted, out=out, stream=self._stream)
+            self._kernels.driver.synchronize(self._stream)
+            return
+        if isinstance(bank, RankBank):
+            self._paint_ranks(slots, item, asked, bank, rows)
+            return
+        self._blend(slots, item.image, self._masks(bank, rows), self._baseline(item, asked))
 
     def run(self, rows: int, wishes: Sequence[Wish], observed: bool) -> Ran:
         """Queue the network, and the scores that are wished for.
@@ -287,6 +332,17 @@ class DeviceCanvas:
     def _blend(self, slots: slice, image: Array, masks: Masks, baseline: DeviceArray | None) -> None:
         out, layout = self._images.rows(slots.start, slots.stop), self._loaded.spec.layout
         self._kernels.blend(self._on_device(image, "float32"), masks, baseline, layout, out, stream=self._stream)
+
+    def _paint_ranks(self, slots: slice, item: Item, asked: Asked, bank: RankBank, rows: slice) -> None:
+        """Rows of one order of the pixels are painted together."""
+        orders, thresholds = self._on_device(bank.ranks, "int32"), self._on_device(bank.thresholds, "int32")
+        baseline, of = self._baseline(item, asked), bank.of[rows]
+        for part in np.split(np.arange(len(of)), np.flatnonzero(np.diff(of)) + 1):
+            first, last = int(part[0]), int(part[-1]) + 1
+            one = orders.rows(int(of[first]), int(of[first]) + 1)
+            ranks = DeviceArray(one.pointer, one.shape[1:], one.dtype, one.owner)
+            masks = Ranks(ranks, thresholds.rows(rows.start + first, rows.start + last))
+            self._blend(slice(slots.start + first, slots.start + last), item.image, masks, baseline)
 
     def _masks(self, bank: Bank, rows: slice) -> Masks:
         def some(array: Array, kind: str) -> DeviceArray:

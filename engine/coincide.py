@@ -1,18 +1,18 @@
 """Rows that several methods ask of one image, once.
 
-Random grids, superpixels, windows and feature maps as masks: where two methods have the same baseline behind equal
-masks, their pictures are equal, and one pass answers both.
+Random grids, superpixels, windows, feature maps and ranked pixels as masks: where two methods have the same baseline
+behind equal masks, their pictures are equal, and one pass answers both.
 """
 
 from __future__ import annotations
 
-from collections.abc import Hashable
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 
-from .types import Array, Bank, GridBank, MapBank, SegmentBank, WindowBank
+from .types import Array, Bank, GridBank, MapBank, RankBank, SegmentBank, WindowBank
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,13 +37,22 @@ _KINDS: dict[type, tuple[tuple[str, ...], tuple[str, ...], tuple[str, ...]]] = {
     GridBank: (("bits", "offsets"), ("counts",), ()),
     SegmentBank: (("bits",), (), ("segments",)),
     WindowBank: (("boxes",), (), ()),
+    RankBank: (("of", "thresholds"), (), ("ranks",)),
 }
+
+
+def concatenated(banks: Sequence[Bank]) -> Bank:
+    """Banks of one kind, which share what is not of a row, as one."""
+    masks, along, _ = _KINDS[type(banks[0])]
+    rows: dict[str, Any] = {name: np.concatenate([getattr(bank, name) for bank in banks]) for name in (*masks, *along)}
+    return replace(banks[0], **rows)
 
 
 def joined(banks: dict[int, tuple[Bank, str]]) -> list[Asked]:
     """What methods ask of one image, each a bank and a baseline, with equal rows once.
 
-    Superpixels are the same where they are the same array. Methods without a row in common keep banks of their own.
+    Superpixels and ranks are the same where they are the same array. Methods without a row in common keep banks of
+    their own.
     """
     groups: dict[Hashable, list[int]] = {}
     for method, (bank, baseline) in banks.items():

@@ -246,7 +246,7 @@ class Engine:
         starts: Array | None = None
         for run in batch.runs:
             if run.observe:
-                targets[run.slot] = self._wanted(self._states[run.key].item.label)
+                targets[run.slot] = self._wanted(self._states[run.key].item)
                 continue
             key, method = run.key
             state = self._states[key]
@@ -257,14 +257,16 @@ class Engine:
                 starts[run.slots] = expansion.starts[taken]
         return chosen.run(self._host.images[:size], targets, starts)
 
-    def _wanted(self, label: int | None) -> list[int]:
+    def _wanted(self, item: Item) -> list[int]:
         """The targets as a backward graph takes them: classes, and -r for rank r."""
+        if item.targets is not None:
+            return list(item.targets)
         wanted: list[int] = []
         for target in self.targets:
             if target.kind == "top":
                 wanted += [-rank for rank in range(1, target.value + 1)]
             elif target.kind == "label":
-                wanted.append(_labelled(label))
+                wanted.append(_labelled(item.label))
             else:
                 wanted.append(-1 if target.kind == "predicted" else target.value)
         return wanted
@@ -284,7 +286,7 @@ class Engine:
         state.raw = raw
         if not np.isfinite(raw).all() or (features is not None and not np.isfinite(features).all()):
             return [run.key]
-        state.targets = self._resolve(raw, state.item.label, passed.classes[0])
+        state.targets = self._resolve(raw, state.item, passed.classes[0])
         classes = np.array([target for target, _ in state.targets])
         first: dict[int, Expansion] = {}
         for method, call in enumerate(self.loaded.calls):
@@ -297,7 +299,8 @@ class Engine:
             key = random_key(self._seed, state.item)
             names = call.method.layers(self.loaded.facts, call.parameters)
             layers = tuple(passed.layers[name][0] for name in names)
-            observation = Observation(image, raw, classes, features, returned, layers, segments, key)
+            given = state.item.given
+            observation = Observation(image, raw, classes, features, returned, layers, segments, key, given)
             state.observations[method] = observation
             if not all(np.isfinite(found.values).all() for found in returned):
                 state.expansions[method] = Expansion()  # without a map, its rows are nonfinite
@@ -351,14 +354,14 @@ class Engine:
             state.combined[method] = combined
         return None
 
-    def _resolve(self, raw: Array, label: int | None, classes: Array) -> list[tuple[int, str]]:
+    def _resolve(self, raw: Array, item: Item, classes: Array) -> list[tuple[int, str]]:
         """The class and source of each target; a backward graph has already said which classes it took."""
+        sources = [source for _, source in target_rows(self.targets, item.label)]
         if len(classes):
-            sources = [source for _, source in target_rows(self.targets, label)]
             return [(int(found), source) for found, source in zip(classes, sources, strict=True)]
         ranked = np.argsort(-raw, kind="stable")
-        wanted = [int(ranked[-target - 1]) if target < 0 else target for target in self._wanted(label)]
-        return list(zip(wanted, [source for _, source in target_rows(self.targets, label)], strict=True))
+        wanted = [int(ranked[-target - 1]) if target < 0 else target for target in self._wanted(item)]
+        return list(zip(wanted, sources, strict=True))
 
     def _score(self, scheduler: Scheduler, run: Run, ran: Ran) -> list[Hashable]:
         """Give some rows' scores to every method that takes from them."""
@@ -479,7 +482,7 @@ class Engine:
                     yield self._nonfinite(key, call, target, source, float(posterior[k]), pred, float(posterior[-1]))
                     continue
                 extras = {**expansion.extras, **combined.extras[k], **self._notes[method]}
-                if finish.flat(raw_map[None])[0]:
+                if raw_map.size and finish.flat(raw_map[None])[0]:
                     extras.setdefault("reason", "flat: every position weighs the same")
                 yield Explanation(
                     key,
@@ -491,7 +494,7 @@ class Engine:
                     float(posterior[-1]),
                     "ok",
                     None,
-                    raw_map,
+                    raw_map if raw_map.size else None,
                     extras,
                     self.loaded.facts.size,
                     combined.arrays[k] if combined.arrays else {},

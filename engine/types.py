@@ -96,7 +96,28 @@ class TapBank:
         return len(self.masks)
 
 
-Bank = MapBank | GridBank | PathBank | SegmentBank | WindowBank | TapBank
+@dataclass(frozen=True, slots=True)
+class RankBank:
+    """Pixels shown from a rank on; a row each.
+
+    With rank 0 for what counts most, threshold t takes the t first pixels away. In the reversed ranks,
+    H * W - 1 - rank, threshold H * W - t shows the t first pixels alone.
+
+    Attributes:
+        ranks: (m, H, W) int32, orders of the pixels.
+        of: (n,) int32, which order.
+        thresholds: (n,) int32.
+    """
+
+    ranks: Array
+    of: Array
+    thresholds: Array
+
+    def __len__(self) -> int:
+        return len(self.of)
+
+
+Bank = MapBank | GridBank | PathBank | SegmentBank | WindowBank | TapBank | RankBank
 
 
 BASELINE_NAMES = ("zero", "black", "mean", "blur")
@@ -161,6 +182,7 @@ class Observation:
         layers: for each of the method's other layers, its maps (c, h, w).
         segments: for each of the method's segmentations, the segment of every pixel (H, W) int32.
         key: (2,) uint64, Philox's, for random numbers of this image.
+        given: what came with the image, `Item.given`.
     """
 
     image: Array
@@ -171,6 +193,7 @@ class Observation:
     layers: tuple[Array, ...] = ()
     segments: tuple[Array, ...] = ()
     key: Array | None = None
+    given: Any = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -180,7 +203,8 @@ class Expansion:
     Attributes:
         bank: the perturbed inputs, a row each; None where no further pass is needed.
         baseline: what stands for absence: zero (in the network's own units), black, mean, blur or blur:SIZE:SIGMA,
-            least or greatest (the image's least or greatest number everywhere); with superpixels also segment-mean.
+            rise-blur (the blur of RISE's evaluation), least or greatest (the image's least or greatest number
+            everywhere); with superpixels also segment-mean; with 0/1 masks also road (interpolated from what is left).
         score: "posterior" or "logit", what each pass through the network is asked for.
         every_class: whether the results are of all classes in order, not of the targets.
         through: the backward pass that the rows go through instead; None is the network alone.
@@ -205,7 +229,10 @@ class Expansion:
 
 @dataclass(frozen=True, slots=True)
 class Combined:
-    """Raw maps (k, h, w) float32, and for each target what to say and, of methods with `arrays`, its named arrays."""
+    """Raw maps (k, h, w) float32, and for each target what to say and, of methods with `arrays`, its named arrays.
+
+    What makes no maps, as metrics, gives empty ones (k, 0, 0).
+    """
 
     maps: Array
     extras: tuple[Mapping[str, Any], ...]
@@ -325,9 +352,112 @@ class MethodCall:
     @property
     def text(self) -> str:
         """The call as a user would write it: name:key=value,... for what differs from the defaults."""
-        defaults = self.method.parameters
-        changed = [f"{key}={value}" for key, value in self.parameters.items() if value != defaults[key].default]
-        return self.method.name + (":" + ",".join(changed) if changed else "")
+        return call_text(self.method.name, self.method.parameters, self.parameters)
+
+
+def call_text(name: str, known: Mapping[str, Parameter], parameters: Parameters) -> str:
+    """A name with those parameters that differ from their defaults."""
+    changed = [f"{key}={value}" for key, value in parameters.items() if value != known[key].default]
+    return name + (":" + ",".join(changed) if changed else "")
+
+
+@dataclass(frozen=True, slots=True)
+class Subject:
+    """One map as metrics see it, with what is known of its image.
+
+    Attributes:
+        saliency: (H, W) float32, finished, at the size of the network's input.
+        ranks: (2 m, H, W) int32, of all m maps of the image the rank of every pixel, 0 for what counts most, then those
+            reversed, as in `RankBank`.
+        place: which of them is this map's.
+        boxes: (b, 4) float64, x0 y0 x1 y1 in pixels of the input, cut to what the model saw.
+        boxes_status: ok, or why there are none: no_boxes, box_outside.
+        extras: what the run says of the map.
+    """
+
+    saliency: Array
+    ranks: Array
+    place: int
+    boxes: Array
+    boxes_status: str
+    extras: Mapping[str, Any]
+
+
+@dataclass(frozen=True, slots=True)
+class Measured:
+    """What a metric says of one map; without a value, `status` and `reason` say why."""
+
+    value: float | None
+    curve: Array | None = None
+    status: str = "ok"
+    reason: str | None = None
+    notes: Mapping[str, Any] = field(default_factory=dict)
+
+
+def no_bank(subject: Subject, parameters: Parameters) -> Bank | None:
+    """For metrics that look at the map alone."""
+    return None
+
+
+def no_passes(parameters: Parameters) -> int:
+    return 0
+
+
+def no_conventions(parameters: Parameters) -> Mapping[str, Any]:
+    return {}
+
+
+def own_values(values: Array, curves: Array | None, parameters: Parameters) -> Array:
+    """The rows' values, for metrics whose table holds their mean."""
+    return values[:, None]
+
+
+@dataclass(frozen=True, slots=True)
+class Metric:
+    """A way to judge a map, as data: how it becomes masked passes, how their scores become a value.
+
+    Attributes:
+        better: higher or lower, which of two values speaks for a map.
+        measure: (subject, posterior of the target on the image, posteriors (n,) of the bank's rows, parameters) ->
+            Measured.
+        bank: (subject, parameters) -> the masked images, of one kind of bank for every map; None where there are none.
+        baseline: parameters -> what stands for absence behind the masks, as in `Expansion`.
+        passes: parameters -> greatest number of rows for one map.
+        conventions: parameters -> what a row says of how it was made: baseline, mask_space, score, steps.
+        terms: (values (n,), curves (n, p) or None, parameters) -> (n, q) of rows with a value; the table's figure is
+            the greatest of the q means over them.
+        again: with what the map is made again, noise on the image, or weights of the network shuffled (cascade,
+            independent); None where it is judged as it is. Then `measure` gets, in the place of posteriors, what
+            `compare` said of each.
+        compare: (raw map, raw map made again, parameters) -> number.
+    """
+
+    name: str
+    summary: str
+    citation: str
+    parameters: Mapping[str, Parameter]
+    better: str
+    measure: Callable[[Subject, float, Array, Parameters], Measured]
+    bank: Callable[[Subject, Parameters], Bank | None] = no_bank
+    baseline: Callable[[Parameters], str] = lambda parameters: "zero"
+    passes: Callable[[Parameters], int] = no_passes
+    conventions: Callable[[Parameters], Mapping[str, Any]] = no_conventions
+    terms: Callable[[Array, Array | None, Parameters], Array] = own_values
+    again: str | None = None
+    compare: Callable[[Array, Array, Parameters], float] | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class MetricCall:
+    """A metric with every parameter resolved."""
+
+    metric: Metric
+    parameters: Parameters
+
+    @property
+    def text(self) -> str:
+        """The call as a user would write it: name:key=value,... for what differs from the defaults."""
+        return call_text(self.metric.name, self.metric.parameters, self.parameters)
 
 
 @dataclass(frozen=True, slots=True)
@@ -365,6 +495,7 @@ class Item:
 
     `segments` may hold what methods need of its picture (`Method.superpixels`); what it lacks is made when needed.
     `name` is what its random numbers depend on, wherever it stands among the others; without one it is the key.
+    `targets` fixes the classes, in the order of the engine's targets; `given` goes to the methods as it is.
     """
 
     key: Hashable
@@ -372,6 +503,8 @@ class Item:
     label: int | None = None
     segments: Mapping[Segmentation, Array] = field(default_factory=dict)
     name: str | None = None
+    targets: tuple[int, ...] | None = None
+    given: Any = None
 
     @property
     def identity(self) -> str:
@@ -383,8 +516,8 @@ class Item:
 class Explanation:
     """One image, target and method: the raw map (h, w) and how it came about.
 
-    `map` is None where `status` is not ok. `score` is the target's posterior on the unperturbed image. `size` is the
-    input's (height, width). `arrays` is what the method gives besides.
+    `map` is None where `status` is not ok, and for what makes no map. `score` is the target's posterior on the
+    unperturbed image. `size` is the input's (height, width). `arrays` is what the method gives besides.
     """
 
     key: Hashable

@@ -9,11 +9,14 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from .reference import reflect, source_position
+from .reference import reflect, rise_taps, source_position
 
 Array = npt.NDArray[Any]
 
 CACHE_BYTES = 1 << 20  # masked images are made in pieces that stay in a core's cache
+IMPUTE_TOLERANCE = 1e-3
+IMPUTE_ROUNDS = 100
+COARSEST = 4  # pixels of a side below which the multigrid cycle solves by sweeps alone
 
 
 @lru_cache(maxsize=64)
@@ -108,9 +111,10 @@ def segment_means(image: Array, segments: Array) -> Array:
     return np.stack(means)[:, segments].astype(np.float32)
 
 
-def rank_masks(ranks: Array, thresholds: Array) -> Array:
+def rank_masks(ranks: Array, thresholds: Array, out: Array | None = None) -> Array:
     """Masks (n, H, W) float32 of the ranks from a threshold on; see `reference.rank_masks`."""
-    return (ranks >= thresholds[:, None, None]).astype(np.float32)
+    masks = np.empty((len(thresholds), *ranks.shape), np.float32) if out is None else out
+    return np.greater_equal(ranks, thresholds[:, None, None], out=masks, casting="unsafe")
 
 
 def blend(
@@ -160,6 +164,177 @@ def blur(image: Array, kernel_size: int, sigma: float) -> Array:
     _, h, w = image.shape
     rows, columns = _blur_matrix(h, kernel_size, sigma), _blur_matrix(w, kernel_size, sigma)
     return np.asarray(rows @ (image.astype(np.float32) @ columns.T), dtype=image.dtype)
+
+
+@lru_cache(maxsize=8)
+def _rise_matrix(n: int) -> Array:
+    matrix = np.zeros((n, n), dtype=np.float32)
+    for d, tap in enumerate(rise_taps(), -5):
+        matrix += np.diag(np.full(max(n - abs(d), 0), tap, dtype=np.float32), d) if abs(d) < n else 0
+    return matrix
+
+
+def rise_blur(image: Array) -> Array:
+    """The blur of RISE's evaluation of a (c, H, W) image; see `reference.rise_blur`."""
+    _, h, w = image.shape
+    return np.asarray(_rise_matrix(h) @ (image.astype(np.float32) @ _rise_matrix(w)), dtype=image.dtype)
+
+
+def impute(image: Array, masks: Array, noise: Array, layout: str = "NCHW", out: Array | None = None) -> Array:
+    """One image, what (n, H, W) masks hide interpolated, written to `out`; see `reference.impute`.
+
+    The system is solved to about IMPUTE_TOLERANCE of the image's greatest value, well below its noise.
+    """
+    if out is None:
+        out = np.empty((len(masks), *image.shape), dtype=image.dtype)
+    last = layout != "NCHW"
+    planes = np.ascontiguousarray(image.transpose(2, 0, 1) if last else image, dtype=np.float32)
+    unit = 0.01 * (255 if image.dtype == np.uint8 else 1)
+    for mask, shift, place in zip(masks, noise, out, strict=True):
+        hidden = mask < 0.5
+        filled = _interpolated(planes, ~hidden)
+        filled += np.float32(unit) * hidden * (shift.transpose(2, 0, 1) if last else shift)
+        if image.dtype == np.uint8:
+            np.clip(np.rint(filled, out=filled), 0, 255, out=filled)
+        place[...] = filled.transpose(1, 2, 0) if last else filled
+    return out
+
+
+def _interpolated(planes: Array, known: Array) -> Array:
+    """Planes (c, h, w) whose unknown pixels are the mean of their neighbours.
+
+    Conjugate gradients, preconditioned by one multigrid cycle: what it makes of the residual is nearly the error.
+    """
+    if known.all() or not known.any():
+        return np.where(known, planes, np.float32(0))
+    levels = _levels(known)
+    free, total = levels[0]
+    x = _filled(planes, known)
+    left = free * (_neighbours(x) - total * x)
+    limit = IMPUTE_TOLERANCE * max(float(np.abs(planes).max()), 1e-12)
+    direction, before = np.zeros_like(x), np.zeros(len(x), np.float32)
+    for _ in range(IMPUTE_ROUNDS):
+        error = _cycle(left, levels)
+        fit = np.einsum("chw,chw->c", left, error)
+        direction *= _ratio(fit, before)
+        direction += error
+        turned = free * (total * direction - _neighbours(direction))
+        step = _ratio(fit, np.einsum("chw,chw->c", direction, turned))
+        x += step * direction
+        if float(np.abs(error).max()) <= limit:
+            break
+        left -= step * turned
+        before = fit
+    return x
+
+
+def _ratio(above: Array, below: Array) -> Array:
+    """above / below as (c, 1, 1), 0 where there is nothing to divide by."""
+    return np.divide(above, below, out=np.zeros_like(above), where=below > 0)[:, None, None]
+
+
+def _halved(planes: Array, shape: tuple[int, int]) -> Array:
+    """Sums of 2 x 2 pixels of planes (c, h, w); beyond the edge is nothing."""
+    h, w = planes.shape[1:]
+    padded = np.pad(planes, ((0, 0), (0, 2 * shape[0] - h), (0, 2 * shape[1] - w)))
+    return np.asarray(padded.reshape(len(planes), shape[0], 2, shape[1], 2).sum(axis=(2, 4)))
+
+
+def _half(shape: tuple[int, ...]) -> tuple[int, int]:
+    return -(-shape[0] // 2), -(-shape[1] // 2)
+
+
+def _doubled(planes: Array, shape: tuple[int, int]) -> Array:
+    """Bilinear resize of planes (c, h, w) to twice the size, cut to `shape`; no BLAS, whose threads would contend with
+    a runtime's between its calls."""
+    wide = _stretched(planes.swapaxes(1, 2))[:, : shape[1]].swapaxes(1, 2)
+    return _stretched(wide)[:, : shape[0]]
+
+
+def _stretched(planes: Array) -> Array:
+    """Planes (c, h, w) at twice the height."""
+    out = np.empty((planes.shape[0], 2 * planes.shape[1], planes.shape[2]), np.float32)
+    near, far = np.float32(0.75) * planes, np.float32(0.25) * planes
+    out[:, 0::2] = near
+    out[:, 1::2] = near
+    out[:, 2::2] += far[:, :-1]
+    out[:, 1:-1:2] += far[:, 1:]
+    out[:, 0] += far[:, 0]
+    out[:, -1] += far[:, -1]
+    return out
+
+
+def _gathered(planes: Array, half: tuple[int, int]) -> Array:
+    """The transpose of `_doubled`, from planes (c, h, w)."""
+    short = _squeezed(planes, half[0])
+    return _squeezed(short.swapaxes(1, 2), half[1]).swapaxes(1, 2)
+
+
+def _squeezed(planes: Array, height: int) -> Array:
+    """The transpose of `_stretched`, to a height of which twice is at most one more than the planes'."""
+    even, odd = planes[:, 0::2], planes[:, 1::2]
+    out = np.float32(0.75) * even
+    out[:, : odd.shape[1]] += np.float32(0.75) * odd
+    quarter = np.float32(0.25) * odd
+    out[:, :-1] += np.float32(0.25) * even[:, 1:]
+    out[:, 1:] += quarter[:, : height - 1]
+    out[:, 0] += np.float32(0.25) * even[:, 0]
+    if odd.shape[1] == height:
+        out[:, -1] += quarter[:, -1]
+    return out
+
+
+def _filled(planes: Array, known: Array) -> Array:
+    """Planes whose unknown pixels are filled from coarser means of the known ones: a start for the solver."""
+    if known.all() or known.shape == (1, 1):
+        return planes
+    half = _half(known.shape)
+    share = _halved(known[None].astype(np.float32), half)
+    means = _halved(np.where(known, planes, np.float32(0)), half) / np.maximum(share, 1)
+    return np.where(known, planes, _doubled(_filled(means, share[0] > 0), known.shape))
+
+
+def _levels(known: Array) -> list[tuple[Array, Array]]:
+    """From fine to coarse which pixels are free, and the sum of each one's weights; a pixel whose finer ones are not
+    all free is not."""
+    free, levels = (~known).astype(np.float32), []
+    while True:
+        levels.append((free, _neighbours(np.ones((1, *free.shape), np.float32))[0]))
+        if min(free.shape) <= COARSEST:
+            return levels
+        half = _half(free.shape)
+        whole = _halved(np.ones((1, *free.shape), np.float32), half)
+        free = (_halved(free[None], half)[0] == whole[0]).astype(np.float32)
+        if not free.any():
+            return levels
+
+
+def _cycle(left: Array, levels: list[tuple[Array, Array]]) -> Array:
+    """Nearly the error behind a residual: Jacobi's step, the coarser level's correction, Jacobi's step."""
+    free, total = levels[0]
+    error = left / total
+    if len(levels) > 1:
+        rest = left - free * (total * error - _neighbours(error))
+        coarse = levels[1][0] * _gathered(rest, _half(free.shape))
+        error += free * _doubled(_cycle(coarse, levels[1:]), free.shape)
+    elif min(free.shape) <= COARSEST:
+        for _ in range(2 * max(free.shape)):
+            error += free * (left - total * error + _neighbours(error)) / total
+    error += free * (left - total * error + _neighbours(error)) / total
+    return error
+
+
+def _neighbours(x: Array) -> Array:
+    """Sums of the eight neighbours, 1/6 the direct and 1/12 the diagonal ones, of planes (c, h, w)."""
+    tall = 2 * x
+    tall[:, 1:] += x[:, :-1]
+    tall[:, :-1] += x[:, 1:]
+    wide = 2 * tall
+    wide[:, :, 1:] += tall[:, :, :-1]
+    wide[:, :, :-1] += tall[:, :, 1:]
+    wide -= 4 * x
+    wide *= np.float32(1 / 12)
+    return wide
 
 
 def posteriors(raw: Array, kind: str) -> Array:

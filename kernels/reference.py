@@ -143,6 +143,72 @@ def blur(image: Array, kernel_size: int, sigma: float) -> Array:
     return out.astype(image.dtype)
 
 
+def rise_taps() -> Array:
+    """The 11 taps of `rise_blur` along one axis; they sum to 1.
+
+    The authors' `gkern(11, 5)` filters an 11 x 11 dirac by SciPy's Gaussian of sigma 5, cut at 4 sigma, which mirrors
+    at the edges: what leaves on one side comes back on the other, and little of a Gaussian is left.
+    """
+    bell = [math.exp(-(d * d) / 50) for d in range(-20, 21)]
+    taps = np.zeros(11)
+    for i in range(11):
+        taps[i] = sum(bell[d + 20] for d in range(-20, 21) if (i + d - 5) % 11 == 0)
+    return np.asarray(taps / taps.sum())
+
+
+def rise_blur(image: Array) -> Array:
+    """A (c, H, W) image under `rise_taps` along both axes, zeros outside of it.
+
+    Source: Petsiuk et al. 2018, the authors' evaluation (start of insertion).
+    """
+    taps = rise_taps()
+    c, h, w = image.shape
+    padded = np.zeros((c, h + 10, w + 10))
+    padded[:, 5 : 5 + h, 5 : 5 + w] = image
+    out = np.zeros(image.shape)
+    for dy in range(11):
+        for dx in range(11):
+            out += taps[dy] * taps[dx] * padded[:, dy : dy + h, dx : dx + w]
+    return out.astype(image.dtype)
+
+
+def impute(image: Array, masks: Array, noise: Array, layout: str = "NCHW") -> Array:
+    """One image under (n, H, W) masks of 0 and 1, what they hide interpolated from what they leave.
+
+    Every hidden pixel is the mean of its eight neighbours, 1/6 the direct and 1/12 the diagonal ones (of those inside
+    the image, scaled to a sum of 1), plus 0.01 of `noise` (n, *image.shape), in pixels for uint8. Where nothing is left
+    it is zero.
+
+    Source: Rong et al., ROAD, ICML 2022, noisy linear imputation.
+    """
+    planes = (image if layout == "NCHW" else image.transpose(2, 0, 1)).astype(np.float64)
+    _, h, w = planes.shape
+    steps = [(y, x, 1 / 12 if y and x else 1 / 6) for y in (-1, 0, 1) for x in (-1, 0, 1) if (y, x) != (0, 0)]
+    out = np.zeros((len(masks), *image.shape))
+    for n, mask in enumerate(masks):
+        hidden = {place: i for i, place in enumerate(zip(*np.nonzero(mask == 0), strict=True))}
+        system, right = np.eye(len(hidden)), np.zeros((len(hidden), len(planes)))
+        for (y, x), i in hidden.items():
+            near = [(y + dy, x + dx, weight) for dy, dx, weight in steps if 0 <= y + dy < h and 0 <= x + dx < w]
+            total = sum(weight for _, _, weight in near)
+            for v, u, weight in near:
+                if (v, u) in hidden:
+                    system[i, hidden[v, u]] -= weight / total
+                else:
+                    right[i] += weight / total * planes[:, v, u]
+        filled = planes.copy()
+        solved = np.linalg.solve(system, right) if len(hidden) < h * w else right
+        for (y, x), i in hidden.items():
+            filled[:, y, x] = solved[i]
+        unit = 255 if image.dtype == np.uint8 else 1
+        shift = 0.01 * unit * (noise[n] if layout == "NCHW" else noise[n].transpose(2, 0, 1))
+        filled += np.where(mask == 0, shift, 0)
+        out[n] = filled if layout == "NCHW" else filled.transpose(1, 2, 0)
+    if image.dtype == np.uint8:
+        out = np.clip(np.rint(out), 0, 255)
+    return out.astype(image.dtype)
+
+
 def reflect(i: int, n: int) -> int:
     """Index `i` folded into 0 .. n - 1 by reflection about the end samples."""
     if n == 1:

@@ -26,6 +26,7 @@ from heatmill.engine.jobs import plan as plans
 from heatmill.engine.jobs import sources, store
 from heatmill.engine.jobs.exports import EXPORTS
 from heatmill.engine.methods import METHODS, parse_method
+from heatmill.engine.metrics import METRICS
 from tests.architectures import vit
 from tests.engine.test_trt import install
 
@@ -36,6 +37,7 @@ COMMANDS = [
     "compile",
     "demo",
     "doctor",
+    "evaluate",
     "explain",
     "export",
     "inspect",
@@ -585,7 +587,7 @@ def test_the_examples_of_the_help_run(heatmill, here, monkeypatch):
     """All but the demo's, which needs its extra."""
     monkeypatch.setattr(benching, "BARE_SECONDS", 0.01)
     monkeypatch.setattr(forecasting, "LANE_SECONDS", 0.01)
-    for command in ("explain", "verify", "report", "inspect", "methods", "doctor", "bench", "plan"):
+    for command in ("explain", "verify", "report", "evaluate", "inspect", "methods", "doctor", "bench", "plan"):
         for line in examples(command):
             if command == "explain":
                 shutil.rmtree("run", ignore_errors=True)
@@ -667,6 +669,58 @@ def test_the_examples_of_compare_and_export_run(heatmill, two):
         for line in examples(command):
             code, told, _ = heatmill(*shlex.split(line)[1:])
             assert (code, bool(told)) == (0, True), line
+
+
+# --- evaluate -----------------------------------------------------------------------------------------------------
+
+
+def test_evaluate_prints_the_table_and_writes_it(heatmill, run, tmp_path):
+    shutil.copytree(run, tmp_path / "run")
+    code, told, noted = heatmill("evaluate", tmp_path / "run", "--metric", "increase", "--metric", "conservation")
+    assert code == 0
+    assert "increase ↑\n    cam  " in told
+    assert "conservation ↓\n    cam  -  n=0; left out: 4 not_stated" in told
+    assert told.endswith(f"{tmp_path / 'run' / 'report' / 'evaluation' / 'index.html'}\n")
+    assert "4/4 images" in noted
+    call = ("evaluate", tmp_path / "run", "--metric", "increase", "-o", tmp_path / "out", "--json", "--quiet")
+    code, told, noted = heatmill(*call)
+    found = json.loads(told)
+    assert (code, noted, found["page"]) == (0, "", str(tmp_path / "out" / "index.html"))
+    assert (found["runs"][0]["computed"], found["runs"][0]["statuses"]) == (0, {"ok": 4})
+    assert found["table"][0]["n"] == 4
+    assert (tmp_path / "out" / "table.md").read_text().startswith("| | increase ↑ |")
+
+
+def test_evaluate_lists_metrics_and_presets(heatmill):
+    code, told, _ = heatmill("evaluate", "--list")
+    assert code == 0
+    for name, metric in METRICS.items():
+        assert f"{name} ({metric.better} is better): {metric.summary}\n" in told
+    assert "preset l-cam: average-drop:keep=1.0,baseline=black " in told
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("--metric", "deletions"), "no metric or preset 'deletions'; nearest: deletion, insertion"),
+        (("--metric", "deletion:steps=1"), "metric deletion, parameter 'steps': 1 lies outside 2 .. 1000"),
+        (("--method", "rise"), "no run has the method 'rise'; known: cam"),
+        (("--by", "scene"), "no such column in the manifest"),
+        (("--by", "correct"), "have no labels; a manifest can give them"),
+        (("--model", "nowhere.onnx"), "nowhere.onnx"),
+    ],
+)
+def test_evaluate_refuses_in_a_line(heatmill, run, tmp_path, arguments, message):
+    shutil.copytree(run, tmp_path / "run")
+    code, told, line = heatmill("evaluate", tmp_path / "run", *arguments)
+    assert (code, told, line.count("\n")) == (2, "", 1) or arguments[0] == "--model"
+    assert code == 2
+    assert message in line
+    assert not (tmp_path / "run" / "metrics").exists()
+
+
+def test_evaluate_of_what_is_no_run(heatmill, tmp_path):
+    assert "not a run (it has no run.json)" in refusal(heatmill, tmp_path, "evaluate", tmp_path / "nothing", code=5)
 
 
 # --- compile ------------------------------------------------------------------------------------------------------

@@ -114,7 +114,7 @@ def _explain(job: plans.Job, style: str, deadline: float | None, signals: Signal
     else:
         plan = plans.freeze(job, loaded, source, targets, probe_job(job, loaded, source, targets, deadline))
     del loaded, source
-    with _lock(job.out):
+    with lock(job.out):
         if not exists:
             _begin(job, plan)
         done = store.committed(job.out)
@@ -202,7 +202,7 @@ def _note_changes(source: Source, plan: plans.Plan, style: str) -> None:
 
 
 @contextmanager
-def _lock(run: Path) -> Iterator[None]:
+def lock(run: Path) -> Iterator[None]:
     """One process per run.
 
     Raises:

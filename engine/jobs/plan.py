@@ -7,8 +7,8 @@ import math
 import os
 import platform
 import shutil
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,7 @@ import onnx
 import pyarrow as pa
 
 from ... import IncompleteError, InputError, RunError, __version__
-from ...models.load import open_model
+from ...models.load import ModelFile, open_model
 from ...models.spec import ModelSpec
 from ..methods import parse_method
 from ..opening import Loaded, load, load_opened, read_graph
@@ -29,7 +29,7 @@ from .sources import Source, list_source
 
 SHARD_SECONDS = 60.0
 MAX_SHARD_ROWS = 4096
-RUN_NAMES = ("_tmp", "plan", "data", "events", "report", "run.json", "summary.json")
+RUN_NAMES = ("_tmp", "plan", "data", "metrics", "events", "report", "run.json", "summary.json")
 UNBORN_NAMES = ("_tmp", "plan", "data", "events")  # what a call leaves that was killed before it wrote run.json
 
 
@@ -243,7 +243,7 @@ def check_folder(out: Path, overwrite: bool) -> bool:
 
 def clear(run: Path) -> None:
     """Remove a run; `run.json` goes last, so that no part is ever left without it."""
-    for name in ("summary.json", "report", "data", "events", "plan", "run.json"):
+    for name in ("summary.json", "report", "metrics", "data", "events", "plan", "run.json"):
         path = run / name
         if path.is_dir() and not path.is_symlink():
             shutil.rmtree(path)
@@ -282,8 +282,11 @@ def _difference(name: str, old: Any, new: Any) -> str:
     return f"{name}: {texts[0]} in the run, {texts[1]} asked"
 
 
-def load_for(plan: Plan, path: Path) -> Loaded:
+def load_for(plan: Plan, path: Path, change: Callable[[ModelFile], onnx.ModelProto] | None = None) -> Loaded:
     """The model of a run, opened again from `path` by what `run.json` resolved.
+
+    Args:
+        change: makes another graph of the file's, with the same values by the same names.
 
     Raises:
         RunError: the model's file is not the one the run began with.
@@ -294,6 +297,8 @@ def load_for(plan: Plan, path: Path) -> Loaded:
         raise RunError(
             f"{model.path}: the file has changed since the run began; put it back, or start with --overwrite"
         )
+    if change is not None:
+        model = replace(model, proto=change(model))
     spec = ModelSpec.from_json(settings["spec"], "run.json")
     calls = [parse_method(method["call"]) for method in settings["methods"]]
     return load_opened(model, spec, settings["spec_source"], read_graph(model, spec), calls, settings["layer"])

@@ -17,13 +17,15 @@ class Progress:
     Args:
         total: images of the run.
         style: "auto" is a bar on a terminal and lines elsewhere; "json" is one object per line; "quiet" is nothing.
+        doing: what the bar says.
     """
 
-    def __init__(self, total: int, style: str = "auto") -> None:
+    def __init__(self, total: int, style: str = "auto", doing: str = "explaining") -> None:
         self.total, self.done, self.bad = total, 0, 0
         self._style = "bar" if style == "auto" and sys.stderr.isatty() else style
         self._began = self._told = time.monotonic()
         self._first = 0
+        self._doing = doing
         self._bar: Any = None
         self._task: Any = None
 
@@ -43,7 +45,7 @@ class Progress:
             )
             self._bar = RichProgress(*columns, console=Console(stderr=True))
             self._bar.start()
-            self._task = self._bar.add_task("explaining", total=self.total, bad="")
+            self._task = self._bar.add_task(self._doing, total=self.total, bad="")
         return self
 
     def __exit__(

@@ -277,7 +277,7 @@ class Run:
     def calls(self, method: str | None = None) -> list[str]:
         """The methods of the run as they were called; those of one name, or of one whole call."""
         calls = [str(each["call"]) for each in self.settings["methods"]]
-        return calls if method is None else [call for call in calls if _is(call, method)]
+        return calls if method is None else [call for call in calls if names_call(method, call)]
 
     def rows(self, method: str | None = None, target: int | None = None, status: str | None = None) -> Iterator[Row]:
         """The stored rows in plan order, filtered; one row group is in memory at a time.
@@ -285,18 +285,18 @@ class Run:
         Raises:
             RunError: a part is damaged.
         """
-        finishes: dict[str, tuple[str, ...]] = {}
         for path in self.parts():
-            for values, raw in self._values(path):
-                call = values["method"]
-                if method is not None and not _is(call, method):
-                    continue
-                if target not in (None, values["target"]) or status not in (None, values["status"]):
-                    continue
-                if call not in finishes:
-                    parsed = parse_method(call)
-                    finishes[call] = parsed.method.finish(parsed.parameters)
-                yield self._row(values, raw, finishes[call])
+            yield from self._part_rows(path, method, target, status)
+
+    def rows_of(self, images: range) -> Iterator[Row]:
+        """The rows of some images, given by their places in the plan, of one committed shard.
+
+        Raises:
+            RunError: its part is damaged.
+        """
+        yield from self._part_rows(
+            self.path / part_name(images.start // int(self.settings["shard_rows"])), images=images
+        )
 
     def table(self) -> pa.Table:
         """Every column but the maps.
@@ -312,8 +312,28 @@ class Run:
                 tables.append(table.replace_schema_metadata())
         return pa.concat_tables(tables) if tables else pa.schema(COLUMNS).empty_table().select(kept)
 
-    def _values(self, path: Path) -> Iterator[tuple[dict[str, Any], Array | None]]:
-        """The columns of each row of a part, and its map."""
+    def _part_rows(
+        self,
+        path: Path,
+        method: str | None = None,
+        target: int | None = None,
+        status: str | None = None,
+        images: range | None = None,
+    ) -> Iterator[Row]:
+        finishes: dict[str, tuple[str, ...]] = {}
+        for values, raw in self._values(path, images):
+            call = values["method"]
+            if method is not None and not names_call(method, call):
+                continue
+            if target not in (None, values["target"]) or status not in (None, values["status"]):
+                continue
+            if call not in finishes:
+                parsed = parse_method(call)
+                finishes[call] = parsed.method.finish(parsed.parameters)
+            yield self._row(values, raw, finishes[call])
+
+    def _values(self, path: Path, images: range | None = None) -> Iterator[tuple[dict[str, Any], Array | None]]:
+        """The columns of each row of a part, or of some images, and its map."""
         with naming(path), pq.ParquetFile(path, page_checksum_verification=True) as file:
             for batch in file.iter_batches(batch_size=256):
                 maps = None
@@ -322,6 +342,8 @@ class Run:
                     maps = column.values.to_numpy(zero_copy_only=False).reshape(-1, *self.grid)[column.offset :]
                     batch = batch.drop_columns(["map"])
                 for i, values in enumerate(batch.to_pylist()):
+                    if images is not None and values["row"] not in images:
+                        continue
                     shape, packed_arrays = values.pop("map_shape"), values.get("arrays")
                     values["arrays"] = decode_arrays(packed_arrays) if packed_arrays else {}
                     if values.get("map_scale") is not None:
@@ -357,18 +379,19 @@ class Run:
         )
 
 
-def _is(call: str, method: str) -> bool:
-    return plain(method) in (plain(call), plain(call.partition(":")[0]))
+def names_call(asked: str, call: str) -> bool:
+    """Whether a user's word for a method means a stored call: all of it, or its name."""
+    return plain(asked) in (plain(call), plain(call.partition(":")[0]))
 
 
 DAMAGE = (OSError, pa.ArrowException, zstandard.ZstdError, zipfile.BadZipFile, ValueError, LookupError)
 
 
 class naming:
-    """Damage found while a part is read becomes one line that names it."""
+    """Damage found while a part is read becomes one line that names it, and what makes it again."""
 
-    def __init__(self, path: Path) -> None:
-        self._path = path
+    def __init__(self, path: Path, again: str = "heatmill explain with the same settings") -> None:
+        self._path, self._again = path, again
 
     def __enter__(self) -> None:
         return None
@@ -376,8 +399,7 @@ class naming:
     def __exit__(self, kind: object, err: BaseException | None, trace: object) -> None:
         if isinstance(err, DAMAGE):
             raise RunError(
-                f"{self._path}: damaged ({_first_line(err)}); "
-                "delete it, and heatmill explain with the same settings makes it again"
+                f"{self._path}: damaged ({_first_line(err)}); delete it, and {self._again} makes it again"
             ) from err
 
 

@@ -12,14 +12,14 @@ import os
 import time
 import traceback
 from collections import deque
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from itertools import islice
 from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from ... import BackendError, HeatmillError, IncompleteError
 from ...kernels.device import OutOfMemory
@@ -37,6 +37,9 @@ from . import sources, store
 from .child import settle
 
 REPORT_SECONDS = 0.2
+
+T = TypeVar("T")
+U = TypeVar("U")
 
 
 class Marks:
@@ -382,13 +385,17 @@ def prepared_ahead(
     pool: ThreadPoolExecutor, window: int, rows: Iterable[dict[str, Any]], loaded: Loaded
 ) -> Iterator[tuple[dict[str, Any], Prepared]]:
     """Rows of a plan in their order, prepared by threads while those before them are used; at most `window` wait."""
-    waiting = iter(rows)
-    coming: deque[tuple[dict[str, Any], Future[Prepared]]] = deque()
+    how = (loaded.spec, loaded.model.input.dtype, loaded.segmentations)
+    return ahead(pool, window, rows, lambda row: prepare(row, *how))
+
+
+def ahead(pool: ThreadPoolExecutor, window: int, values: Iterable[T], work: Callable[[T], U]) -> Iterator[tuple[T, U]]:
+    """Values in their order with what threads make of them; at most `window` wait."""
+    waiting = iter(values)
+    coming: deque[tuple[T, Future[U]]] = deque()
     while True:
-        for row in islice(waiting, window - len(coming)):
-            how = (loaded.spec, loaded.model.input.dtype, loaded.segmentations)
-            coming.append((row, pool.submit(prepare, row, *how)))
+        coming.extend((value, pool.submit(work, value)) for value in islice(waiting, window - len(coming)))
         if not coming:
             return
-        row, future = coming.popleft()
-        yield row, future.result()
+        value, future = coming.popleft()
+        yield value, future.result()

@@ -6,7 +6,8 @@ import re
 from collections.abc import Iterable
 
 from ... import InputError
-from ..types import Method, MethodCall, Value, nearest
+from ..calls import parse_call, plain
+from ..types import Method, MethodCall
 from .ablation_ca import ABLATION_CA
 from .cam import CAM
 from .cf_cam import CF_CAM
@@ -28,6 +29,8 @@ from .sise import SISES
 from .smoothgrad import SMOOTHGRAD
 from .xrai import XRAI
 
+__all__ = ["METHODS", "parse_method", "parse_methods", "plain"]
+
 METHODS: dict[str, Method] = {
     method.name: method
     for method in (
@@ -45,32 +48,13 @@ METHODS: dict[str, Method] = {
 }
 
 
-def plain(name: str) -> str:
-    """A method name without case, `-` and `_`; `++`, `pp` and `plusplus` are one."""
-    return name.casefold().replace("-", "").replace("_", "").replace("plusplus", "pp").replace("++", "pp")
-
-
 def parse_method(text: str) -> MethodCall:
     """A call from `NAME[:key=value,...]`.
 
     Raises:
         InputError: unknown method or parameter (nearest offered), or a value out of its range.
     """
-    name, _, options = text.partition(":")
-    by_plain = {plain(known): method for known, method in METHODS.items()}
-    method = by_plain.get(plain(name.strip()))
-    if method is None:
-        raise InputError(f"no method {name!r}; {nearest(name.casefold(), list(METHODS))}")
-    values: dict[str, Value] = {key: parameter.default for key, parameter in method.parameters.items()}
-    given: set[str] = set()
-    for option in filter(None, options.split(",")):
-        key, equals, value = (part.strip() for part in option.partition("="))
-        if key not in values:
-            raise InputError(f"method {method.name} has no parameter {key!r}; {nearest(key, list(values) or ['none'])}")
-        if not equals or key in given:
-            raise InputError(f"method {method.name}: give {key!r} once, as {key}=VALUE")
-        given.add(key)
-        values[key] = _value(method, key, value)
+    method, values = parse_call("method", METHODS, text)
     return MethodCall(method, values)
 
 
@@ -99,26 +83,3 @@ def parse_methods(texts: Iterable[str]) -> tuple[MethodCall, ...]:
             raise InputError(f"method {text!r}: {key!r} is not a whole number and has no range")
         calls += swept
     return tuple(calls)
-
-
-def _value(method: Method, key: str, text: str) -> Value:
-    parameter = method.parameters[key]
-    where = f"method {method.name}, parameter {key!r}"
-    if parameter.choices:
-        by_plain = {plain(choice): choice for choice in parameter.choices}
-        if plain(text) not in by_plain:
-            raise InputError(f"{where}: no choice {text!r}; {nearest(text, list(parameter.choices))}")
-        return by_plain[plain(text)]
-    kind = type(parameter.default)
-    if kind is str:
-        return text
-    try:
-        value = kind(text)
-    except ValueError:
-        raise InputError(f"{where}: {text!r} is not {'a whole number' if kind is int else 'a number'}") from None
-    number = float(value)
-    low = float("-inf") if parameter.least is None else parameter.least
-    high = float("inf") if parameter.most is None else parameter.most
-    if not low <= number <= high:
-        raise InputError(f"{where}: {text} lies outside {low:g} .. {high:g}")
-    return value

@@ -23,7 +23,7 @@ from heatmill.engine.coincide import Asked
 from heatmill.engine.explainer import Engine, in_full
 from heatmill.engine.opening import load, open_best
 from heatmill.engine.passes import open_passes
-from heatmill.engine.types import Explanation, Item, PathBank, Target
+from heatmill.engine.types import Explanation, Item, PathBank, RankBank, Target
 from heatmill.kernels.device import DeviceArray
 from tests.emulator.emulated import EmulatedDriver
 from tests.engine.host_driver import HostDriver
@@ -32,6 +32,7 @@ from tests.graphs import without_scores_in_the_dark
 from tests.kernels.test_foreign import ByDlpack, ByInterface
 
 SIZE = (33, 29)
+RNG = np.random.default_rng(0)
 TARGETS = [Target("top", 2), Target("class", 3)]
 CASES = {
     "score-cam": "maps, nothing behind them",
@@ -238,6 +239,25 @@ def test_an_image_that_half_precision_loses_is_done_again_in_full(make_model, em
     plain = open_best(loaded, batch_size=8)
     assert in_full(loaded, lambda: loaded, plain, TARGETS, 8) is None
     assert in_full(replace(loaded, own_precision="fp16"), lambda: loaded, session, TARGETS, 8) is None
+
+
+@pytest.mark.parametrize(("baseline", "layout"), [("rise-blur", "NCHW"), ("mean", "NHWC"), ("road", "NCHW")])
+def test_ranks_of_pixels_are_painted_as_on_the_host(make_model, emulated_driver, baseline, layout):
+    loaded = load(make_model(layout=layout, spec={"layout": layout}), ["rise:masks=5"])
+    session = on_emulator(loaded.serialized(True), Profile(6), emulated_driver)
+    ranks = np.stack([RNG.permutation(33 * 29).reshape(SIZE) for _ in range(2)]).astype(np.int32)
+    bank = RankBank(ranks, np.array([0, 0, 1, 1, 0], np.int32), np.array([9, 400, 0, 957, 77], np.int32))
+    image = pictures(1, SIZE)[0]
+    item = Item("an image", image if layout == "NCHW" else np.ascontiguousarray(image.transpose(1, 2, 0)))
+    asked = Asked(bank, baseline, {0: None})
+    on_host = HostCanvas(loaded, session, 6, (0,), 0)
+    canvas = DeviceCanvas(loaded, session, 6, HostCanvas(loaded, session, 6, (0,), 0))
+    for rows in (slice(0, 5), slice(1, 4)):
+        slots = slice(1, 1 + rows.stop - rows.start)
+        on_host.paint(slots, item, asked, rows)
+        canvas.paint(slots, item, asked, rows)
+        found = canvas._kernels.download(canvas._images, stream=session.stream)
+        np.testing.assert_allclose(found[slots], on_host.images[slots], atol=1e-5)
 
 
 def test_a_bank_without_a_kernel_is_refused(make_model, emulated_driver):
