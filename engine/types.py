@@ -14,6 +14,7 @@ from .. import InputError
 from ..kernels.finish import finish
 
 if TYPE_CHECKING:
+    from ..models.graph.attention import Attention
     from ..models.graph.head import LinearHead
     from ..models.graph.request import Request
     from ..models.graph.tap import Tap
@@ -113,6 +114,7 @@ class Facts:
         has_logits: whether raw scores are known.
         tap: the layer that is read.
         head: the linear layer on the pooled tap, or the reason why there is none.
+        attention: the trained attention on the tap, or the reason why there is none.
         layers: every feature map, in the graph's order.
         waists: the names of values that every path from the image to the scores passes.
         operators: the kinds of operators of the graph.
@@ -123,6 +125,7 @@ class Facts:
     has_logits: bool
     tap: Tap | None
     head: LinearHead | str
+    attention: Attention | str = "the file has no attention"
     layers: tuple[Tap, ...] = ()
     waists: frozenset[str] = frozenset()
     operators: frozenset[str] = frozenset()

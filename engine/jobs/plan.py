@@ -103,11 +103,11 @@ def open_job(job: Job) -> tuple[Loaded, Source, tuple[Target, ...]]:
     inputs = [path.absolute() if os.path.exists(path) else path for path in job.inputs]
     source = list_source(inputs, limit=job.limit)
     if any(target.kind == "label" for target in targets):
-        source = _with_classes(source, classes, loaded.spec.label_names)
+        source = with_classes(source, classes, loaded.spec.label_names)
     return loaded, source, targets
 
 
-def _with_classes(source: Source, classes: int, label_names: tuple[str, ...]) -> Source:
+def with_classes(source: Source, classes: int, label_names: tuple[str, ...]) -> Source:
     if not source.has_labels:
         raise InputError("target 'label' needs a manifest with a column 'label' or 'target'; the input has none")
     labels = source.table["label"].to_pylist()

@@ -17,13 +17,15 @@ class Progress:
     Args:
         total: images of the run.
         style: "auto" is a bar on a terminal and lines elsewhere; "json" is one object per line; "quiet" is nothing.
+        work: what is done to them, for the bar.
     """
 
-    def __init__(self, total: int, style: str = "auto") -> None:
+    def __init__(self, total: int, style: str = "auto", work: str = "explaining") -> None:
         self.total, self.done, self.bad = total, 0, 0
         self._style = "bar" if style == "auto" and sys.stderr.isatty() else style
         self._began = self._told = time.monotonic()
         self._first = 0
+        self._work = work
         self._bar: Any = None
         self._task: Any = None
 
@@ -43,7 +45,7 @@ class Progress:
             )
             self._bar = RichProgress(*columns, console=Console(stderr=True))
             self._bar.start()
-            self._task = self._bar.add_task("explaining", total=self.total, bad="")
+            self._task = self._bar.add_task(self._work, total=self.total, bad="")
         return self
 
     def __exit__(
@@ -66,10 +68,14 @@ class Progress:
 
     def note(self, text: str) -> None:
         """A line of its own."""
+        self.tell(text, "note", text=text)
+
+    def tell(self, text: str, event: str, **values: Any) -> None:
+        """A line of its own; to machines the values of an event in its place."""
         if self._bar is not None:
             self._bar.console.print(text, highlight=False)
         elif self._style == "json":
-            print(json.dumps({"event": "note", "text": text}), file=sys.stderr, flush=True)
+            print(json.dumps({"event": event, **values}), file=sys.stderr, flush=True)
         elif self._style != "quiet":
             print(text, file=sys.stderr, flush=True)
 

@@ -145,7 +145,7 @@ def write_overlays(run: Run, folder: Path | None = None, *, colormap: str = "tur
         box = (left * width, top * height, right * width, bottom * height)
         for row in (first, *rows):
             picture = Image.fromarray(overlay(photograph, row.saliency(), box, colormap))
-            with _replacing(folder / overlay_name(row)) as file:
+            with replacing(folder / overlay_name(row)) as file:
                 picture.save(file, "PNG", compress_level=4)
             written += 1
     return written
@@ -199,7 +199,7 @@ def write_report(run: Run, *, limit: int = 500, colormap: str = "turbo") -> Path
     images: list[dict[str, Any]] = []
     cards: list[dict[str, Any]] = []
     page = run.path / "report" / "index.html"
-    with _replacing(page) as file:
+    with replacing(page) as file:
         file.write(head)
         for rows in _chosen(run, choice, limit):
             image, photograph = _image_data(rows[0], photographs)
@@ -451,7 +451,7 @@ def _check(limit: int | None, colormap: str) -> None:
 
 
 @contextmanager
-def _replacing(path: Path) -> Iterator[IO[bytes]]:
+def replacing(path: Path) -> Iterator[IO[bytes]]:
     """A file that takes the place of `path` once it is complete."""
     temporary = path.parent / f".{os.getpid()}.part"
     try:

@@ -19,7 +19,7 @@ def test_the_head_continues_where_the_layer_ends(make_model, head):
     image = np.random.default_rng(0).normal(size=(3, 3, 33, 29)).astype(np.float32)
     whole = ort.InferenceSession(proto.SerializeToString(), providers=["CPUExecutionProvider"])
     logits, features = whole.run(["logits", "features"], {"input": image})
-    cut = head_of(proto, "features", "logits", ["N", *features.shape[1:]], TensorProto.FLOAT)
+    cut = head_of(proto, "features", ["logits"], ["N", *features.shape[1:]], TensorProto.FLOAT)
     assert [inlet.name for inlet in cut.graph.input] == ["features"]
     assert not any(node.name in ("conv1", "conv2") for node in cut.graph.node)
     onnx.checker.check_model(cut)
@@ -30,4 +30,4 @@ def test_the_head_continues_where_the_layer_ends(make_model, head):
 def test_a_layer_that_is_gone_around_is_refused(make_model):
     proto = onnx.load(make_model(body="sum"))
     with pytest.raises(ModelError, match="goes around layer 'c2'"):
-        head_of(proto, "c2", "logits", ["N", 12, 9, 8], TensorProto.FLOAT)
+        head_of(proto, "c2", ["logits"], ["N", 12, 9, 8], TensorProto.FLOAT)
