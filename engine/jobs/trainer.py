@@ -351,10 +351,7 @@ class Trainer:
 def told(entry: Mapping[str, Any], epochs: int) -> str:
     """An epoch in one line."""
     parts = " + ".join(f"{entry[name]:.3g} {name}" for name in PARTS)
-    measured = ""
+    lines = [f"epoch {entry['epoch']}/{epochs}: loss {entry['loss']:.4g} = {parts}", f"held out {entry['held_out']:.4g}"]
     if "average_drop" in entry:
-        measured = f", average drop {entry['average_drop']:.1f}%, increase {entry['increase']:.1f}%"
-    return (
-        f"epoch {entry['epoch']}/{epochs}: loss {entry['loss']:.4g} = {parts}; held out {entry['held_out']:.4g}{measured}"
-        f"; {entry['images_per_second']:.0f} images/s"
-    )
+        lines.append(f"average drop {entry['average_drop']:.1f}%, increase {entry['increase']:.1f}%")
+    return "; ".join([*lines, f"{entry['images_per_second']:.0f} images/s"])
