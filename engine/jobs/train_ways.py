@@ -100,7 +100,7 @@ def under(loaded: Loaded, images: Array, maps: Array) -> Array:
     if loaded.model.input.dtype == "uint8":
         masked = np.rint(masked).clip(0, 255)
     masked = masked if loaded.model.input.layout == "NCHW" else masked.transpose(0, 2, 3, 1)
-    return masked.astype(loaded.model.input.dtype)
+    return np.asarray(masked, loaded.model.input.dtype)
 
 
 def _black(loaded: Loaded) -> Array:

@@ -112,7 +112,7 @@ class Trainer:
     @property
     def untrained(self) -> list[int]:
         """The classes that no training image has."""
-        return np.setdiff1d(np.arange(self.count), self.classes[self.trained]).tolist()
+        return sorted(set(range(self.count)).difference(self.classes[self.trained].tolist()))
 
     def _head(self, free: bool) -> LinearWay | HeadWay | None:
         """The way behind the layer; None where the image's variant needs none and there is none."""
@@ -316,7 +316,7 @@ class Trainer:
         arrays |= {"best_weight": self.best[0], "best_bias": self.best[1], "examples": self.examples}
         about = {**asdict(self.at), "steps": self.weight.steps}
         file = io.BytesIO()
-        np.savez(file, about=np.array(json.dumps(about)), **arrays)  # type: ignore[arg-type]
+        np.savez(file, about=np.array(json.dumps(about)), **arrays)
         try:
             store.commit(self.job.folder, "checkpoint.npz", file.getvalue())
         except OSError as err:
@@ -351,7 +351,8 @@ class Trainer:
 def told(entry: Mapping[str, Any], epochs: int) -> str:
     """An epoch in one line."""
     parts = " + ".join(f"{entry[name]:.3g} {name}" for name in PARTS)
-    lines = [f"epoch {entry['epoch']}/{epochs}: loss {entry['loss']:.4g} = {parts}", f"held out {entry['held_out']:.4g}"]
+    lines = [f"epoch {entry['epoch']}/{epochs}: loss {entry['loss']:.4g} = {parts}"]
+    lines.append(f"held out {entry['held_out']:.4g}")
     if "average_drop" in entry:
         lines.append(f"average drop {entry['average_drop']:.1f}%, increase {entry['increase']:.1f}%")
     return "; ".join([*lines, f"{entry['images_per_second']:.0f} images/s"])
