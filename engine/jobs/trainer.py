@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from typing import Any
+from zipfile import BadZipFile
 
 import numpy as np
 
@@ -344,7 +345,7 @@ class Trainer:
                 self.at = Progressed(**about)
                 self.best = (found["best_weight"], found["best_bias"])
                 self.examples = found["examples"]
-        except (OSError, ValueError, KeyError, TypeError, EOFError) as err:
+        except (OSError, ValueError, KeyError, TypeError, EOFError, BadZipFile) as err:
             raise RunError(f"{path}: damaged ({err}); start again with --overwrite") from None
 
 
