@@ -411,7 +411,7 @@ def test_a_model_without_a_grid_is_refused(job, make_model):
     proto.graph.node.insert(0, flat)
     next(tensor for tensor in proto.graph.initializer if tensor.name == "w3").CopyFrom(weight)
     onnx.save(proto, path)
-    with pytest.raises(ModelError, match="found no feature map .*an attention needs a spatial layer"):
+    with pytest.raises(ModelError, match=r"found no feature map .*an attention needs a spatial layer"):
         train(job(model=path), "quiet")
 
 
@@ -433,7 +433,7 @@ def test_a_checkpoint_that_does_not_belong_or_is_damaged(job, tmp_path, make_mod
     train(job(), "quiet")
     path = tmp_path / "out.training" / "checkpoint.npz"
     path.write_bytes(path.read_bytes()[:500])
-    with pytest.raises(RunError, match="checkpoint.npz: damaged"):
+    with pytest.raises(RunError, match=r"checkpoint\.npz: damaged"):
         train(job(), "quiet")
     other = job(model=make_model(head="Tanh"), layer="r1", out=tmp_path / "other.onnx")
     train(other, "quiet")
@@ -441,7 +441,7 @@ def test_a_checkpoint_that_does_not_belong_or_is_damaged(job, tmp_path, make_mod
     with pytest.raises(RunError, match=r"checkpoint.npz: damaged \(weight has the shape \(5, 8\)\)"):
         train(job(), "quiet")
     (tmp_path / "out.training" / "features" / "part-000000.npy").write_bytes(b"\x93NUMPY")
-    with pytest.raises(RunError, match="part-000000.npy: damaged"):
+    with pytest.raises(RunError, match=r"part-000000\.npy: damaged"):
         train(job(), "quiet")
 
 
@@ -465,7 +465,7 @@ def test_where_it_is_written(job, model, tmp_path):
 
 
 def test_a_loss_that_leaves_the_numbers_is_refused(job):
-    with np.errstate(all="ignore"), pytest.raises(InputError, match="no longer finite.*a smaller --rate"):
+    with np.errstate(all="ignore"), pytest.raises(InputError, match=r"no longer finite.*a smaller --rate"):
         train(job(rate=1e30), "quiet")
 
 
