@@ -137,7 +137,7 @@ def job_options(command: Command) -> Command:
                 default=["predicted"],
                 show_default=True,
                 metavar="TARGET",
-                help="predicted, topN, label, a class number or name; repeatable.",
+                help="predicted, topN, label, all, a class number or name; repeatable.",
             ),
             click.option(
                 "--seed", default=0, show_default=True, type=click.IntRange(0, 2**63 - 1), help="Of random masks."
@@ -529,11 +529,10 @@ def bench(model: Path, inputs: tuple[Path, ...], as_json: bool, debug: bool, **o
 def train_lcam(as_json: bool, debug: bool, quiet: bool, log_format: str, **options: Any) -> int:
     """Train L-CAM's attention on a frozen classifier: afterwards one pass explains an image for any class.
 
-    The classifier with the attention comes out as one ONNX file, for explain --method l-cam. The same command resumes.
+    The classifier with the attention comes out as one ONNX file, for heatmill explain lcam.onnx photos/ --method l-cam.
+    The same command resumes.
 
-    \b
     Example: heatmill train-lcam model.onnx photos/ -o lcam.onnx
-             heatmill explain lcam.onnx photos/ -o run --method l-cam
     """
     from .engine.jobs.train import train
     from .engine.jobs.train_settings import TrainJob

@@ -25,6 +25,7 @@ from .types import Array, MethodCall, Returned, Target
 
 # OpenVINO 2026.4 takes one layout of a square weight for the other where a graph reads it both ways.
 FORWARD_ONLY = {"openvino": "cpu"}
+MOST_WAYS = 64  # targets of an image that are followed back in one graph
 BUDGET = 5 << 29  # bytes of the values on a way back that are held at once: for 8 images of LRP on ResNet-50
 
 
@@ -194,9 +195,10 @@ def open_passes(
         budget: bytes that may be held of the values on the way, by `row_bytes`.
 
     Raises:
-        InputError: an operator of the model has no rule.
+        InputError: an operator of the model has no rule, or there are too many targets.
         BackendError: the runtime refuses a graph.
     """
+    check_targets(loaded, targets)
     observed = requests_of(loaded, loaded.calls, "backward")
     taken = requests_of(loaded, loaded.calls, "through")
     head = _open_head(loaded, session, batch_size, threads) if loaded.needs_head else None
@@ -227,6 +229,21 @@ def graphs_to_build(
     for number, request in enumerate(requests_of(loaded, loaded.calls, "through"), 1):
         made = opener.make((request,), 1, 0)
         yield f"rows {number}", made.data, made.profile
+
+
+def check_targets(loaded: Loaded, targets: Sequence[Target]) -> None:
+    """Refuse more targets than one graph has ways back for.
+
+    Raises:
+        InputError: names the method, and what explains every class at once.
+    """
+    count, _ = _targets(targets)
+    back = [call.method.name for call in loaded.calls if call.method.backward(loaded.facts, call.parameters)]
+    if back and count > MOST_WAYS:
+        raise InputError(
+            f"{count} targets: method {back[0]} follows each back by itself, and {MOST_WAYS} are the most; l-cam and "
+            "cam explain every class in one pass"
+        )
 
 
 def _targets(targets: Sequence[Target]) -> tuple[int, int]:

@@ -410,13 +410,16 @@ def nearest(word: str, known: list[str]) -> str:
     return f"nearest: {', '.join(near)}" if near else f"known: {', '.join(known)}"
 
 
+MOST_CLASSES = 10**5
+
+
 def parse_targets(texts: list[str] | tuple[str, ...], classes: int, label_names: tuple[str, ...]) -> tuple[Target, ...]:
-    """Targets from `predicted`, `topN`, `label`, class numbers and class names.
+    """Targets from `predicted`, `topN`, `label`, `all` (a target for each class), class numbers and class names.
 
     Raises:
         InputError: a number outside the model's classes, an unknown or ambiguous name.
     """
-    targets = []
+    targets: list[Target] = []
     for text in texts:
         word = text.strip()
         if word in ("predicted", "label"):
@@ -426,6 +429,10 @@ def parse_targets(texts: list[str] | tuple[str, ...], classes: int, label_names:
             if not 1 <= count <= classes:
                 raise InputError(f"target {word!r}: the model has {classes} classes")
             targets.append(Target("top", count))
+        elif word == "all" and word not in label_names:
+            if classes > MOST_CLASSES:
+                raise InputError("target 'all': the model does not say how many classes it has; name them")
+            targets += [Target("class", number) for number in range(classes)]
         else:
             targets.append(Target("class", class_index(word, classes, label_names)))
     if len(set(targets)) < len(targets):
