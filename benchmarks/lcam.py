@@ -1,0 +1,201 @@
+"""L-CAM beside Grad-CAM and Score-CAM on held-out photographs, and what training and explaining cost.
+
+    python benchmarks/lcam.py compare --model efficientnet_lite0 [--variant fm img] [--seeds 3] [--score-cam]
+    python benchmarks/lcam.py speed --model resnet50
+
+compare  trains on 500 of the photographs and measures average drop and increase in confidence on all others, with the
+         whole map and with its highest 50% and 15% of pixels; for every seed, and for untrained classes apart
+speed    images/s of `fm` from cached features, the time of `img` in forward passes, and of explaining beside the bare
+         network
+
+Masked pictures are over black, a kept pixel stays soft, the class is the model's own prediction (METHODS of the L-CAM
+authors). Every figure goes to benchmarks/results/lcam-MODEL.json; run it on a quiet machine.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import statistics
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from figures import HERE, cli, machine, photographs
+
+from heatmill import Explainer
+from heatmill.engine.jobs.train import train
+from heatmill.engine.jobs.train_settings import TrainJob
+from heatmill.engine.opening import Loaded, load, open_best
+from heatmill.kernels import host
+from heatmill.models.graph.attention import read_about
+from heatmill.models.load import open_model
+from heatmill.models.preprocess import decode, normalise, view
+
+TRAINED = 500
+SHARES = (100, 50, 15)
+BATCH = 32
+
+
+def split(data: Path) -> tuple[list[Path], list[Path]]:
+    """500 photographs to train on, and the others: the same for every seed."""
+    listed = photographs(data)
+    order = np.random.Generator(np.random.Philox(0)).permutation(len(listed))
+    return [listed[i] for i in sorted(order[:TRAINED])], [listed[i] for i in sorted(order[TRAINED:])]
+
+
+def kept(saliency: np.ndarray, share: int) -> np.ndarray:
+    """A map (H, W) with all but its highest `share` percent of pixels at 0."""
+    flat = saliency.ravel()
+    count = math.ceil(share / 100 * flat.size)
+    cut = np.zeros_like(flat)
+    highest = np.argsort(-flat, kind="stable")[:count]
+    cut[highest] = flat[highest]
+    return cut.reshape(saliency.shape)
+
+
+class Judge:
+    """The classifier that masked pictures are shown to."""
+
+    def __init__(self, model: Path, images: list[Path]) -> None:
+        self.loaded: Loaded = load(model, [])
+        self.session = open_best(self.loaded, batch_size=BATCH)
+        spec = self.loaded.spec
+        views = [view(decode(path.read_bytes()), spec)[0] for path in images]
+        self.inputs = np.stack([normalise(shown, spec, "float32") for shown in views])
+        raw = self.scores(self.inputs)
+        self.classes = raw.argmax(axis=1)
+        self.whole = self.posteriors(raw)
+
+    def scores(self, inputs: np.ndarray) -> np.ndarray:
+        name, output = self.loaded.model.input.name, [self.loaded.scores]
+        parts = [self.session.run({name: inputs[i : i + BATCH]}, output)[0] for i in range(0, len(inputs), BATCH)]
+        return np.concatenate(parts)
+
+    def posteriors(self, raw: np.ndarray) -> np.ndarray:
+        return host.posteriors(raw, self.loaded.posterior)[np.arange(len(raw)), self.classes].astype(np.float64)
+
+    def judge(self, maps: np.ndarray, which: np.ndarray | None = None) -> dict[str, float]:
+        """Average drop and increase, in %, of finished maps (n, H, W) at every share."""
+        rows = np.ones(len(maps), bool) if which is None else which
+        black = self.loaded.bounds[0].astype(np.float32)[:, None, None]
+        found = {}
+        for share in SHARES:
+            masks = np.stack([kept(saliency, share) for saliency in maps])[:, None].astype(np.float32)
+            left = self.posteriors(self.scores(black + masks * (self.inputs - black)))
+            drops = np.maximum(0, self.whole - left) / self.whole
+            found[f"drop_{share}"] = round(100 * float(drops[rows].mean()), 2)
+            found[f"increase_{share}"] = round(100 * float((left > self.whole)[rows].mean()), 2)
+        return found
+
+
+def explained(model: Path, method: str, images: list[Path]) -> np.ndarray:
+    explainer = Explainer(model, method=method, batch_size=BATCH)
+    return np.concatenate([explainer.explain([path]).saliency()[:, 0] for path in images])
+
+
+def compare(data: Path, model: Path, variants: list[str], losses: list[str], seeds: int, score_cam: bool) -> dict:
+    training, testing = split(data)
+    judge = Judge(model, testing)
+    result: dict[str, Any] = {"trained_on": len(training), "judged_on": len(testing)}
+    for method in ("grad-cam", *(["score-cam"] if score_cam else [])):
+        result[method] = judge.judge(explained(model, method, testing))
+        print(method, result[method], flush=True)
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        listing = folder / "training.csv"
+        listing.write_text("\n".join(["uri", *map(str, training)]))
+        for variant in variants:
+            for loss in losses:
+                found = []
+                for seed in range(seeds):
+                    out = folder / "lcam.onnx"
+                    job = TrainJob(
+                        model=model, inputs=(listing,), out=out, variant=variant, loss=loss, seed=seed, overwrite=True
+                    )
+                    start = time.perf_counter()
+                    told = train(job, "quiet")
+                    seconds = time.perf_counter() - start
+                    about = read_about(open_model(out)) or {}
+                    fresh = np.isin(judge.classes, about["untrained"])
+                    maps = explained(out, "l-cam", testing)
+                    found.append(
+                        {
+                            "seed": seed,
+                            "epochs": told.epochs,
+                            "best_epoch": told.best_epoch,
+                            "seconds": round(seconds, 1),
+                            **judge.judge(maps),
+                            "trained classes": {"images": int((~fresh).sum()), **judge.judge(maps, ~fresh)},
+                            "untrained classes": {"images": int(fresh.sum()), **judge.judge(maps, fresh)},
+                        }
+                    )
+                    print(variant, loss, found[-1], flush=True)
+                keys = [f"{name}_{share}" for share in SHARES for name in ("drop", "increase")]
+                means = {key: round(statistics.mean(each[key] for each in found), 2) for key in keys}
+                spread = {
+                    key: round(max(each[key] for each in found) - min(each[key] for each in found), 2) for key in keys
+                }
+                result[f"l-cam {variant} {loss}"] = {"mean": means, "range": spread, "seeds": found}
+    return result
+
+
+def speed(data: Path, model: Path) -> dict[str, Any]:
+    training, _ = split(data)
+    result: dict[str, Any] = {}
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        listing, few = folder / "training.csv", folder / "few.csv"
+        listing.write_text("\n".join(["uri", *map(str, training)]))
+        few.write_text("\n".join(["uri", *map(str, training[:72])]))
+        out = folder / "lcam.onnx"
+        told = train(TrainJob(model=model, inputs=(listing,), out=out, epochs=8, patience=0, overwrite=True), "quiet")
+        rates = [entry["images_per_second"] for entry in told.history[1:]]
+        result["fm_images_per_second"] = {"median": statistics.median(rates), "least": min(rates)}
+        bench = cli("bench", out, data / "images" / "ccby", "-m", "l-cam", "--limit", 96, "--batch-size", BATCH)
+        result["explain_of_bare"] = bench["bare_rows_per_second"] / bench["images_per_second"]
+        result["bench"] = {key: bench[key] for key in ("images_per_second", "bare_rows_per_second", "outside_network")}
+        job = TrainJob(
+            model=model, inputs=(few,), out=folder / "img.onnx", variant="img", epochs=2, patience=0, batch_size=32
+        )
+        told = train(job, "quiet")
+        result["img_images_per_second"] = told.history[-1]["images_per_second"]
+        judge = Judge(model, training[:BATCH])
+        times = []
+        for _ in range(5):
+            start = time.perf_counter()
+            judge.scores(judge.inputs)
+            times.append((time.perf_counter() - start) / BATCH)
+        result["img_in_forward_passes"] = 1 / told.history[-1]["images_per_second"] / statistics.median(times)
+    return result
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("what", nargs="+", choices=["compare", "speed"])
+    parser.add_argument("--data", type=Path, default=HERE.parent.parent / "shared" / "data")
+    parser.add_argument("--model", default="efficientnet_lite0")
+    parser.add_argument("--variant", nargs="+", default=["fm"])
+    parser.add_argument("--loss", nargs="+", default=["own-map", "faithful"])
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--score-cam", action="store_true")
+    given = parser.parse_args()
+    model = given.data / "models" / f"{given.model}.onnx"
+    path = HERE / "results" / f"lcam-{given.model}.json"
+    results = json.loads(path.read_text()) if path.exists() else {}
+    for what in given.what:
+        if what == "compare":
+            found = compare(given.data, model, given.variant, given.loss, given.seeds, given.score_cam)
+            results[what] = {**results.get(what, {}), **found}
+        else:
+            results[what] = speed(given.data, model)
+        results["machine"] = machine()
+        path.write_text(json.dumps(results, indent=1) + "\n")
+        print(json.dumps(results[what], indent=1))
+
+
+if __name__ == "__main__":
+    main()
