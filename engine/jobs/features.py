@@ -5,13 +5,16 @@ from __future__ import annotations
 import io
 import json
 import shutil
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 
 from ... import IncompleteError, InputError, RunError
 from ...kernels import host
@@ -24,6 +27,18 @@ from .worker import Prepared, prepared_ahead
 
 PART_BYTES, MAX_PART_ROWS = 64 << 20, 4096
 FOLDER = "features"
+
+
+@dataclass(frozen=True, slots=True)
+class Known:
+    """Of every image its class (n,), the class's posterior (n,) and whether it can be used (n,); how many have which
+    status, and the first bad one with its reason."""
+
+    classes: Array
+    scores: Array
+    good: Array
+    statuses: Mapping[str, int]
+    first_bad: tuple[int, str] | None
 
 
 class Features:
@@ -61,25 +76,28 @@ class Features:
         store.commit(self.run, self._name(part, "json"), json.dumps(about).encode())
 
     @cached_property
-    def about(self) -> dict[str, Array]:
-        """Of every image: `status` and `error`, `class`, and `score`, the class's posterior.
+    def known(self) -> Known:
+        """What is known of the images besides.
 
         Raises:
             RunError: a part is damaged.
         """
-        found: dict[str, list[Any]] = {name: [] for name in ("status", "error", "class", "score")}
+        classes, scores, good = np.empty(self.images, np.int64), np.empty(self.images), np.empty(self.images, bool)
+        statuses: Counter[str] = Counter()
+        first_bad: tuple[int, str] | None = None
         for part in self.parts:
-            name = self._name(part, "json")
+            name, rows = self._name(part, "json"), self.rows(part)
             try:
-                told = json.loads((self.run / name).read_text())
-                if any(len(told[key]) != len(self.rows(part)) for key in found):
-                    raise ValueError("it has another number of rows")
-                for key, values in found.items():
-                    values.extend(told[key])
-            except (OSError, ValueError, KeyError, TypeError) as err:
+                about = json.loads((self.run / name).read_text())
+                classes[rows], scores[rows] = about["class"], about["score"]
+                good[rows] = np.array(about["status"]) == "ok"
+                statuses.update(about["status"])
+                bad = np.flatnonzero(~good[rows])
+                if first_bad is None and len(bad):
+                    first_bad = (rows[bad[0]], str(about["error"][bad[0]]))
+            except (OSError, ValueError, LookupError, TypeError) as err:
                 raise self._damaged(name, err) from None
-        kinds = {"status": np.str_, "error": np.str_, "class": np.int64, "score": np.float64}
-        return {key: np.array(values, kinds[key]) for key, values in found.items()}
+        return Known(classes, scores, good, dict(sorted(statuses.items())), first_bad)
 
     @cached_property
     def _maps(self) -> list[Array]:
@@ -127,7 +145,7 @@ def compute(
     features: Features,
     loaded: Loaded,
     session: Session,
-    images: Sequence[dict[str, Any]],
+    images: pa.Table,
     size: int,
     workers: int | None,
     advance: Callable[[int, int], None],
@@ -136,7 +154,7 @@ def compute(
     """Compute the parts that are missing.
 
     Args:
-        images: every image's row of the plan; where they have a `target`, it is the class, else the predicted one is.
+        images: the plan; where it has a column `target`, it is the class, else the predicted one is.
         size: rows per call of the network.
         advance: told of (images, bad ones) as they are done.
         signals: one of them ends it; what is committed stays.
@@ -160,9 +178,10 @@ def compute(
         values = np.zeros((len(rows), *features.shape), np.float16)
         about: dict[str, list[Any]] = {"status": ["ok"] * len(rows), "error": [""] * len(rows)}
         about |= {"class": [-1] * len(rows), "score": [0.0] * len(rows)}
-        labels = [images[row].get("target") for row in rows]
+        listed = images.slice(rows.start, len(rows)).to_pylist()
+        labels = [image.get("target") for image in listed]
         with ThreadPoolExecutor(threads) as pool:
-            coming = prepared_ahead(pool, 2 * threads + size, [images[row] for row in rows], loaded)
+            coming = prepared_ahead(pool, 2 * threads + size, listed, loaded)
             try:
                 for batch in _batches((prepared for _, prepared in coming), size, about, advance):
                     if signals.number is not None:

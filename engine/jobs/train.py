@@ -8,7 +8,6 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections import Counter
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -86,11 +85,10 @@ def _train(job: TrainJob, style: str, signals: Signals) -> Trained:
         trial, session = try_model(loaded, job.backend, job.provider, "auto", None, 0)
         features = Features(job.folder, images.num_rows, settings["shape"])
         signals.busy = True
-        rows = images.to_pylist()
-        with Progress(len(rows), style, "reading features") as progress:
-            progress.start(len(rows) - sum(len(features.rows(part)) for part in features.missing()))
-            compute(features, loaded, session, rows, trial.batch_size, job.workers, progress.advance, signals)
-        trainer = Trainer(job, loaded, session, features, rows, trial.batch_size, trial.free_batch, trial.classes)
+        with Progress(images.num_rows, style, "reading features") as progress:
+            progress.start(images.num_rows - sum(len(features.rows(part)) for part in features.missing()))
+            compute(features, loaded, session, images, trial.batch_size, job.workers, progress.advance, signals)
+        trainer = Trainer(job, loaded, session, features, images, trial.batch_size, trial.free_batch, trial.classes)
         for note in trainer.notes:
             Progress(0, style).note(f"note: {note}")
         trainer.run(style, signals)
@@ -261,8 +259,8 @@ def _finish(job: TrainJob, loaded: Loaded, trainer: Trainer) -> Trained:
     model = open_model(job.model, scores=job.scores)
     if model.sha256 != loaded.model.sha256:
         raise RunError(f"{model.path}: the file has changed since the training began; put it back")
-    statuses = Counter(trainer.features.about["status"].tolist())
-    bad = len(trainer.images) - statuses["ok"]
+    statuses = dict(trainer.features.known.statuses)
+    bad = len(trainer.images) - statuses.get("ok", 0)
     measured = next((e for e in reversed(at.history[: at.best + 1]) if "average_drop" in e), at.history[-1])
     about = {
         "format": 1,
@@ -293,7 +291,7 @@ def _finish(job: TrainJob, loaded: Loaded, trainer: Trainer) -> Trained:
         exit_code=EXIT_BAD if bad > job.max_bad * len(trainer.images) else EXIT_COMPLETE,
         images=len(trainer.images),
         bad=bad,
-        statuses=dict(sorted(statuses.items())),
+        statuses=statuses,
         trained=len(trainer.trained),
         held_out=len(trainer.held),
         classes=trainer.count - len(untrained),

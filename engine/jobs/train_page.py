@@ -119,7 +119,9 @@ def _pictures(trainer: Trainer, measured: Sequence[Mapping[str, Any]]) -> str:
     head = "".join(f"<th>epoch {entry['epoch']}</th>" for entry in measured)
     lines = []
     for place, row in enumerate(trainer.shown.tolist()):
-        prepared = prepare(trainer.images[row], trainer.loaded.spec, trainer.loaded.model.input.dtype)
+        prepared = prepare(
+            trainer.images.slice(row, 1).to_pylist()[0], trainer.loaded.spec, trainer.loaded.model.input.dtype
+        )
         if prepared.image is None:
             continue
         pixels = denormalise(prepared.image, trainer.loaded.spec)

@@ -5,13 +5,14 @@ from __future__ import annotations
 import io
 import json
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from typing import Any
 from zipfile import BadZipFile
 
 import numpy as np
+import pyarrow as pa
 
 from ... import IncompleteError, InputError, RunError
 from ...kernels import host
@@ -64,7 +65,7 @@ class Trainer:
         loaded: Loaded,
         session: Session,
         features: Features,
-        images: Sequence[dict[str, Any]],
+        images: pa.Table,
         batch_size: int,
         free: bool,
         classes: int,
@@ -74,7 +75,7 @@ class Trainer:
         self.job, self.loaded, self.features, self.images = job, loaded, features, images
         self.session, self.network_rows = session, batch_size
         self.tap, self.loss, self.schedule = loaded.tap, Loss(), job.schedule
-        self.classes = features.about["class"]
+        self.classes = features.known.classes
         self.count = classes
         self.trained, self.held = self._split()
         self.notes: list[str] = []
@@ -91,19 +92,22 @@ class Trainer:
 
     def _split(self) -> tuple[Array, Array]:
         """Rows to train on and rows held out, by the seed; bad images are in neither."""
-        about = self.features.about
-        good = np.flatnonzero(about["status"] == "ok")
+        known = self.features.known
+        good = np.flatnonzero(known.good)
         if len(good) < 2:
-            bad = np.flatnonzero(about["status"] != "ok")
-            told = f"; the first bad one, {self.images[bad[0]]['id']!r}: {about['error'][bad[0]]}" if len(bad) else ""
+            row, reason = known.first_bad or (0, "")
+            told = f"; the first bad one, {self._id(row)!r}: {reason}" if reason else ""
             raise InputError(f"{len(good)} of {len(self.images)} images can be used, and 2 are the least{told}")
         over = good[self.classes[good] >= self.count]
         if len(over):
             told = f"class {self.classes[over[0]]}; the model has classes 0 to {self.count - 1}"
-            raise InputError(f"label of {self.images[over[0]]['id']!r}: {told}")
+            raise InputError(f"label of {self._id(over[0])!r}: {told}")
         held = min(max(1, round(self.job.held_out * len(good))), MOST_HELD, len(good) - 1)
         order = np.random.Generator(np.random.Philox(key=[self.job.seed, 0])).permutation(good)
         return np.sort(order[held:]), np.sort(order[:held])
+
+    def _id(self, row: int) -> str:
+        return str(self.images["id"][int(row)].as_py())
 
     @property
     def shown(self) -> Array:
@@ -136,7 +140,7 @@ class Trainer:
         threads = self.job.workers or usable_cores()
         found = []
         with ThreadPoolExecutor(threads) as pool:
-            listed = [self.images[row] for row in rows.tolist()]
+            listed = self.images.take(pa.array(rows)).to_pylist()
             for image, prepared in prepared_ahead(pool, 2 * threads + 2, listed, self.loaded):
                 if prepared.image is None:
                     raise IncompleteError(
@@ -301,7 +305,7 @@ class Trainer:
             masked = under(self.loaded, self._read(part), minmax(raw))
             (scores,) = forward(self.session, self.loaded, masked, self.network_rows, [self.loaded.scores])
             left = host.posteriors(scores.reshape(len(part), -1), self.loaded.posterior)[np.arange(len(part)), classes]
-            whole = self.features.about["score"][part]
+            whole = self.features.known.scores[part]
             drops += float((np.maximum(0, whole - left) / whole).sum())
             rises += int((left > whole).sum())
         return 100 * drops / len(rows), 100 * rises / len(rows), np.concatenate(maps)[: len(self.shown)]
