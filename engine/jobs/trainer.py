@@ -5,7 +5,8 @@ from __future__ import annotations
 import io
 import json
 import time
-from collections.abc import Mapping
+from collections import deque
+from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from typing import Any
@@ -190,10 +191,14 @@ class Trainer:
 
     # ----- one batch -----
 
-    def batch(self, rows: Array, learn: bool = True) -> dict[str, float]:
-        """The loss of some images, its parts as means over the batch, and if asked one step down its gradient."""
+    def batch(self, rows: Array, values: Array, learn: bool = True) -> dict[str, float]:
+        """The loss of some images, its parts as means over the batch, and if asked one step down its gradient.
+
+        Args:
+            rows: (n,) of the plan.
+            values: (n, ...) float32, the layer's values of them.
+        """
         classes, n = self.classes[rows], len(rows)
-        values = self.features.take(rows)
         features = places(self.tap, values)
         weight, bias = self.weight.rows(classes), self.bias.rows(classes)
         own = sigmoid(attend(features, weight, bias))
@@ -220,6 +225,18 @@ class Trainer:
 
     # ----- all of them -----
 
+    def _ahead(self, order: Array) -> Iterator[tuple[Array, Array]]:
+        """Batches of rows with their values; the next one is read while one is at work."""
+        size = self.schedule.batch_size
+        batches = [order[start : start + size] for start in range(0, len(order), size)]
+        with ThreadPoolExecutor(1) as pool:
+            coming = deque(pool.submit(self.features.take, rows) for rows in batches[:1])
+            for rows, following in zip(batches, [*batches[1:], None], strict=True):
+                values = coming.popleft().result()
+                if following is not None:
+                    coming.append(pool.submit(self.features.take, following))
+                yield rows, values
+
     def run(self, style: str, signals: Signals) -> None:
         """Train to the end, from where the checkpoint is.
 
@@ -240,11 +257,10 @@ class Trainer:
                 order = np.random.Generator(np.random.Philox(key=[self.job.seed, 2 + at.epoch])).permutation(
                     self.trained
                 )
-                for start in range(first, count, schedule.batch_size):
-                    rows = order[start : start + schedule.batch_size]
-                    for name, value in self.batch(rows).items():
+                for rows, values in self._ahead(order[first:]):
+                    for name, value in self.batch(rows, values).items():
                         at.sums[name] += value * len(rows)
-                    at.position = start + len(rows)
+                    at.position += len(rows)
                     progress.advance(len(rows))
                     if signals.number is not None:
                         self._save()
@@ -286,9 +302,8 @@ class Trainer:
 
     def _held_loss(self) -> float:
         total = 0.0
-        for start in range(0, len(self.held), self.schedule.batch_size):
-            rows = self.held[start : start + self.schedule.batch_size]
-            total += sum(self.batch(rows, learn=False).values()) * len(rows)
+        for rows, values in self._ahead(self.held):
+            total += sum(self.batch(rows, values, learn=False).values()) * len(rows)
         return total / len(self.held)
 
     def _measure(self) -> tuple[float, float, Array]:

@@ -108,7 +108,7 @@ def test_a_step_goes_down_the_slope_of_the_loss(variant, loss, options, make_mod
             found[name] = whole
 
         monkeypatch.setattr(sgd, "step", keep)
-    parts = trainer.batch(rows)
+    parts = trainer.batch(rows, trainer.features.take(rows))
     assert all(value > 0 for value in parts.values())
     for name, gradient in found.items():
         values = getattr(trainer, name).values
@@ -117,7 +117,7 @@ def test_a_step_goes_down_the_slope_of_the_loss(variant, loss, options, make_mod
             losses = []
             for sign in (1, -1):
                 values += sign * step
-                losses.append(sum(trainer.batch(rows, learn=False).values()))
+                losses.append(sum(trainer.batch(rows, trainer.features.take(rows), learn=False).values()))
                 values -= sign * step
             wanted = (losses[0] - losses[1]) / 2
             assert float((gradient * step).sum()) == pytest.approx(wanted, rel=share, abs=1e-5)
@@ -327,11 +327,11 @@ def test_a_signal_ends_after_the_batch_and_a_checkpoint(number, job, tmp_path, m
     undisturbed = train(job(out=tmp_path / "whole.onnx"), "quiet")
     batch, count = Trainer.batch, []
 
-    def signalled(self, rows, learn=True):
+    def signalled(self, rows, values, learn=True):
         count.append(learn)
         if sum(count) == 5:
             os.kill(os.getpid(), number)
-        return batch(self, rows, learn)
+        return batch(self, rows, values, learn)
 
     with monkeypatch.context() as patched:
         patched.setattr(Trainer, "batch", signalled)

@@ -132,7 +132,7 @@ def test_steps(variant, head, loss, save_photographs, tmp_path, monkeypatch):
         area, tv = 2 * ((maps + 0.0005) ** 0.3).mean(), 0.01 * variation(maps) / (2 * 6)
         sgd.zero_grad()
         (entropy + area + tv).backward()
-        parts = trainer.batch(rows)
+        parts = trainer.batch(rows, trainer.features.take(rows))
         wanted = dict(zip(("entropy", "area", "variation"), (entropy.item(), area.item(), tv.item()), strict=True))
         assert parts == pytest.approx(wanted, rel=1e-4)
         for name, parameter in (("weight", attention.weight), ("bias", attention.bias)):
