@@ -160,7 +160,7 @@ def compute(
         signals: one of them ends it; what is committed stays.
 
     Raises:
-        InputError: the disk has no room for them.
+        InputError: the disk has no room for them, or a label is of no class.
         IncompleteError: no space was left all the same.
         KeyboardInterrupt: it was stopped.
     """
@@ -179,14 +179,13 @@ def compute(
         about: dict[str, list[Any]] = {"status": ["ok"] * len(rows), "error": [""] * len(rows)}
         about |= {"class": [-1] * len(rows), "score": [0.0] * len(rows)}
         listed = images.slice(rows.start, len(rows)).to_pylist()
-        labels = [image.get("target") for image in listed]
         with ThreadPoolExecutor(threads) as pool:
             coming = prepared_ahead(pool, 2 * threads + size, listed, loaded)
             try:
                 for batch in _batches((prepared for _, prepared in coming), size, about, advance):
                     if signals.number is not None:
                         raise KeyboardInterrupt
-                    _observe(loaded, session, batch, size, labels, values, about)
+                    _observe(loaded, session, batch, size, listed, values, about)
                     advance(len(batch), sum(about["status"][place] != "ok" for place, _ in batch))
             finally:
                 pool.shutdown(cancel_futures=True)
@@ -219,7 +218,7 @@ def _observe(
     session: Session,
     waiting: Sequence[tuple[int, Array]],
     size: int,
-    labels: Sequence[int | None],
+    listed: Sequence[Mapping[str, Any]],
     values: Array,
     about: dict[str, list[Any]],
 ) -> None:
@@ -237,7 +236,10 @@ def _observe(
             told = "the network gave scores, or features in half precision, that are not finite"
             about["status"][place], about["error"][place] = "nonfinite", told
             continue
-        label = labels[place]
+        label = listed[place].get("target")
+        if label is not None and label >= raw.shape[1]:
+            told = f"class {label}; the model has classes 0 to {raw.shape[1] - 1}"
+            raise InputError(f"label of {listed[place]['id']!r}: {told}")
         chosen = int(raw[k].argmax()) if label is None else label
         score = host.class_scores(raw[k : k + 1], np.array([chosen]), loaded.posterior)[0, 0]
         values[place] = halves[k]

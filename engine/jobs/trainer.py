@@ -35,7 +35,7 @@ from .worker import prepared_ahead
 CHECKPOINT_SECONDS = 30.0
 EVALUATIONS = 10
 MOST_HELD, MEASURED, EXAMPLES = 1000, 64, 6
-STARTED = 512  # images that the start of a head's own weights is scaled by
+STARTED, SPREAD = 512, 2.0  # images that a start from the head is scaled by, and the deviation of their maps
 PARTS = ("entropy", "area", "variation")
 
 
@@ -99,10 +99,6 @@ class Trainer:
             row, reason = known.first_bad or (0, "")
             told = f"; the first bad one, {self._id(row)!r}: {reason}" if reason else ""
             raise InputError(f"{len(good)} of {len(self.images)} images can be used, and 2 are the least{told}")
-        over = good[self.classes[good] >= self.count]
-        if len(over):
-            told = f"class {self.classes[over[0]]}; the model has classes 0 to {self.count - 1}"
-            raise InputError(f"label of {self._id(over[0])!r}: {told}")
         held = min(max(1, round(self.job.held_out * len(good))), MOST_HELD, len(good) - 1)
         order = np.random.Generator(np.random.Philox(key=[self.job.seed, 0])).permutation(good)
         return np.sort(order[held:]), np.sort(order[:held])
@@ -165,7 +161,8 @@ class Trainer:
         return Nesterov(values[0], schedule.rate), Nesterov(values[1], schedule.bias_rate)
 
     def _from_head(self, head: LinearWay | HeadWay) -> tuple[Array, Array]:
-        """The head's gradient at the mean features, scaled so that the images' own maps have mean 0 and deviation 1."""
+        """The head's gradient at the mean features, scaled so that the images' own maps have mean 0 and a deviation of
+        SPREAD."""
         sample = self.trained[:: max(1, len(self.trained) // STARTED)]
         if isinstance(head, LinearWay):
             weight = head.head.weight.astype(np.float64)
@@ -186,7 +183,7 @@ class Trainer:
             maps.append(attend(places(self.tap, self.features.take(rows)), own, np.zeros(len(rows), np.float32)))
         whole = np.concatenate(maps).astype(np.float64)
         deviation = float(whole.std(axis=1).mean())
-        scale = 1 / deviation if deviation > 0 else 0.0
+        scale = SPREAD / deviation if deviation > 0 else 0.0
         return weight * scale, np.full(self.count, -scale * float(whole.mean()))
 
     # ----- one batch -----

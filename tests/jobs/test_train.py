@@ -222,6 +222,32 @@ def test_labels_of_a_manifest_are_learnt(job, photos, tmp_path):
     assert read_about(open_model(tmp_path / "out.onnx"))["untrained"] == [0, 4]
     with pytest.raises(InputError, match="needs a manifest"):
         train(job(target="label", out=tmp_path / "other.onnx"), "quiet")
+    (tmp_path / "list.csv").write_text(f"uri,label\n{names[0]},1\n{names[1]},9")
+    with pytest.raises(InputError, match=r"label of .*photo\d+\.png': class 9"):
+        train(job(inputs=(tmp_path / "list.csv",), target="label", overwrite=True), "quiet")
+
+
+def test_a_label_that_only_the_run_model_shows_to_be_of_no_class(make_model, photos, tmp_path, job):
+    """Where the file leaves the number of classes open."""
+    path = make_model(spec={"label_names": []})
+    proto = onnx.load(path)
+    for name, value in (("zero", 0), ("one", 1)):
+        proto.graph.initializer.append(onnx.numpy_helper.from_array(np.int64(value), name))
+    proto.graph.node.extend(
+        [
+            helper.make_node("Shape", ["logits"], ["shape"], start=1),
+            helper.make_node("Squeeze", ["shape"], ["count"]),
+            helper.make_node("Range", ["zero", "count", "one"], ["classes"]),
+            helper.make_node("Gather", ["logits", "classes"], ["scores"], axis=1),
+        ]
+    )
+    del proto.graph.output[:]
+    proto.graph.output.append(helper.make_tensor_value_info("scores", onnx.TensorProto.FLOAT, ["N", "classes"]))
+    onnx.save(proto, path)
+    names = sorted(str(path) for path in photos.rglob("*.png"))
+    (tmp_path / "list.csv").write_text("uri,label\n" + "\n".join(f"{name},9" for name in names))
+    with pytest.raises(InputError, match=r"label of .*photo\d+\.png': class 9; the model has classes 0 to 4"):
+        train(job(model=path, inputs=(tmp_path / "list.csv",), target="label"), "quiet")
 
 
 def test_what_is_held_out_ends_a_training_early(job, monkeypatch):
@@ -270,13 +296,13 @@ def test_published_schedules_start_as_torch_does(preset, job, monkeypatch):
 
 @pytest.mark.parametrize("head", ["Gemm", "Tanh"])
 def test_the_start_follows_the_head(head, job, make_model, monkeypatch):
-    """The images' maps have mean 0 and deviation 1, and a class's row points where its score rises."""
+    """The images' maps have mean 0 and deviation 2, and a class's row points where its score rises."""
     trainer = opened(job(model=make_model(head=head)), monkeypatch)
     features = places(trainer.tap, trainer.features.take(trainer.trained))
     rows = trainer.classes[trainer.trained]
     maps = np.einsum("nc,ncp->np", trainer.weight.values[rows], features) + trainer.bias.values[rows][:, None]
-    assert maps.mean() == pytest.approx(0, abs=1e-3)
-    assert maps.std(axis=1).mean() == pytest.approx(1, abs=1e-3)
+    assert maps.mean() == pytest.approx(0, abs=2e-3)
+    assert maps.std(axis=1).mean() == pytest.approx(2, abs=2e-3)
     weights = {t.name: onnx.numpy_helper.to_array(t) for t in onnx.load(make_model(head=head)).graph.initializer}
     for row, own in zip(trainer.weight.values, weights["w3"], strict=True):
         assert np.corrcoef(row, own)[0, 1] > 0.5
