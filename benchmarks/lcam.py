@@ -107,18 +107,27 @@ def explained(model: Path, method: str, images: list[Path]) -> np.ndarray:
     return np.concatenate([explainer.explain([path]).saliency()[:, 0] for path in images])
 
 
-def compare(data: Path, model: Path, variants: list[str], losses: list[str], seeds: int, score_cam: int) -> dict:
+def compare(
+    data: Path,
+    model: Path,
+    variants: list[str],
+    losses: list[str],
+    seeds: int,
+    score_cam: int,
+    save: Callable[[dict[str, Any]], None],
+) -> None:
+    """`save` is given what is known after every step."""
     training, testing = split(data)
     judge = Judge(model, testing)
     result: dict[str, Any] = {"trained_on": len(training), "judged_on": len(testing)}
     first = np.arange(len(testing)) < score_cam
     told = judge.judge(explained(model, "grad-cam", testing))
     result["grad-cam"] = told()
-    print("grad-cam", result["grad-cam"], flush=True)
+    save(result)
     if score_cam:
         result["first"] = {"images": score_cam, "grad-cam": told(first)}
         result["first"]["score-cam"] = judge.judge(explained(model, "score-cam", testing[:score_cam]))()
-        print(result["first"], flush=True)
+        save(result)
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         listing = folder / "training.csv"
@@ -149,14 +158,14 @@ def compare(data: Path, model: Path, variants: list[str], losses: list[str], see
                             **({"first": judged(first)} if score_cam else {}),
                         }
                     )
-                    print(variant, loss, found[-1], flush=True)
-                keys = [f"{name}_{share}" for share in SHARES for name in ("drop", "increase")]
-                means = {key: round(statistics.mean(each[key] for each in found), 2) for key in keys}
-                spread = {
-                    key: round(max(each[key] for each in found) - min(each[key] for each in found), 2) for key in keys
-                }
-                result[f"l-cam {variant} {loss}"] = {"mean": means, "range": spread, "seeds": found}
-    return result
+                    keys = [f"{name}_{share}" for share in SHARES for name in ("drop", "increase")]
+                    values = {key: [each[key] for each in found] for key in keys}
+                    result[f"l-cam {variant} {loss}"] = {
+                        "mean": {key: round(statistics.mean(each), 2) for key, each in values.items()},
+                        "range": {key: round(max(each) - min(each), 2) for key, each in values.items()},
+                        "seeds": found,
+                    }
+                    save(result)
 
 
 class Caught(Exception):
@@ -235,15 +244,19 @@ def main() -> None:
     model = given.data / "models" / f"{given.model}.onnx"
     path = HERE / "results" / f"lcam-{given.model}.json"
     results = json.loads(path.read_text()) if path.exists() else {}
-    for what in given.what:
-        if what == "compare":
-            found = compare(given.data, model, given.variant, given.loss, given.seeds, given.score_cam)
-            results[what] = {**results.get(what, {}), **found}
-        else:
-            results[what] = speed(given.data, model)
+
+    def save(what: str, found: dict[str, Any]) -> None:
+        results[what] = {**results.get(what, {}), **found}
         results["machine"] = machine()
         path.write_text(json.dumps(results, indent=1) + "\n")
-        print(json.dumps(results[what], indent=1))
+        print(json.dumps(found), flush=True)
+
+    for what in given.what:
+        if what == "compare":
+            how = (given.variant, given.loss, given.seeds, given.score_cam)
+            compare(given.data, model, *how, lambda found: save("compare", found))
+        else:
+            save(what, speed(given.data, model))
 
 
 if __name__ == "__main__":

@@ -20,18 +20,20 @@ from .train_settings import TrainJob
 from .trainer import Trainer
 from .worker import prepare
 
-SIDE = 176
-WIDTH, HEIGHT, MARGIN = 460, 190, 42
+SIDE = 112
+WIDTH, HEIGHT, MARGIN = 320, 170, 28
 STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; margin: 2rem auto; max-width: 1080px; padding: 0 1rem; color: #1b1f24 }
 h1 { font-size: 1.5rem } h2 { font-size: 1.1rem; margin-top: 2rem }
 dl { display: grid; grid-template-columns: max-content 1fr; gap: .1rem 1rem } dt { color: #667 } dd { margin: 0 }
-figure { display: inline-block; margin: 0 1rem 1rem 0 } figcaption { color: #667; font-size: .85rem }
+figure { display: inline-block; width: 320px; margin: 0 1rem 1rem 0; vertical-align: top }
+figcaption, small { color: #667; font-size: .85rem }
 table { border-collapse: collapse } td, th { padding: .15rem .5rem; text-align: right; font-weight: normal }
-th { color: #667 } .pictures { overflow-x: auto } .pictures td { padding: 2px } img { display: block }
-svg text { font-size: 11px; fill: #667 } .first { stroke: #b5482a } .second { stroke: #2a6fb5 }
-.third { stroke: #4c8a3f } path { fill: none; stroke-width: 2 } .axis { stroke: #99a; stroke-width: 1 }
-.best { stroke: #99a; stroke-dasharray: 3 3; stroke-width: 1 }
+th { color: #667 } .pictures { overflow-x: auto } .pictures td, .pictures th { padding: 2px; text-align: center }
+.pictures td { vertical-align: top } img { display: block } svg text { font-size: 11px; fill: #667 }
+.first { stroke: #b5482a; color: #b5482a } .second { stroke: #2a6fb5; color: #2a6fb5 }
+.third { stroke: #4c8a3f; color: #4c8a3f } path { fill: none; stroke-width: 2 }
+.axis { stroke: #99a; stroke-width: 1 } .best { stroke: #99a; stroke-dasharray: 3 3; stroke-width: 1 }
 """
 KINDS = ("first", "second", "third")
 
@@ -95,22 +97,21 @@ def _curve(title: str, lines: Mapping[str, list[tuple[int, float]]], best: int) 
         x = MARGIN + (epoch - first) / (last - first) * (WIDTH - 2 * MARGIN)
         return x, HEIGHT - MARGIN - (value - low) / (high - low) * (HEIGHT - 2 * MARGIN)
 
-    parts = []
+    paths, keys = [], []
     for kind, (name, line) in zip(KINDS, lines.items(), strict=False):
-        points = " ".join(f"{x:.1f},{y:.1f}" for x, y in (place(*point) for point in line))
-        x, y = place(*line[-1])
-        parts.append(f'<path class="{kind}" d="M {points.replace(" ", " L ")}"/><text x="{x:.0f}" y="{y - 6:.0f}" ')
-        parts[-1] += f'text-anchor="end">{html.escape(name)} {line[-1][1]:.3g}</text>'
+        points = " L ".join(f"{x:.1f},{y:.1f}" for x, y in (place(*point) for point in line))
+        paths.append(f'<path class="{kind}" d="M {points}"/>')
+        keys.append(f'<span class="{kind}">{html.escape(name)} {line[-1][1]:.3g}</span>')
     x0, y0 = place(first, low)
     x1, y1 = place(last, high)
     bx, _ = place(best, low)
     axes = f'<path class="axis" d="M {x0:.1f},{y1:.1f} L {x0:.1f},{y0:.1f} L {x1:.1f},{y0:.1f}"/>'
     axes += f'<path class="best" d="M {bx:.1f},{y1:.1f} L {bx:.1f},{y0:.1f}"/>'
-    axes += f'<text x="4" y="{y1 + 4:.0f}">{high:.3g}</text><text x="4" y="{y0:.0f}">{low:.3g}</text>'
+    axes += f'<text x="{x0 + 4:.0f}" y="{y1 - 6:.0f}">{high:.3g}</text>'
     axes += f'<text x="{x0:.0f}" y="{y0 + 16:.0f}">epoch {first}</text>'
     axes += f'<text x="{x1:.0f}" y="{y0 + 16:.0f}" text-anchor="end">{last}</text>'
-    svg = f'<svg width="{WIDTH}" height="{HEIGHT}" role="img">{axes}{"".join(parts)}</svg>'
-    return f"<figure>{svg}<figcaption>{html.escape(title)}</figcaption></figure>"
+    svg = f'<svg width="{WIDTH}" height="{HEIGHT}" role="img">{axes}{"".join(paths)}</svg>'
+    return f"<figure>{svg}<figcaption>{html.escape(title)}: {', '.join(keys)}</figcaption></figure>"
 
 
 def _pictures(trainer: Trainer, measured: Sequence[Mapping[str, Any]]) -> str:
@@ -131,8 +132,9 @@ def _pictures(trainer: Trainer, measured: Sequence[Mapping[str, Any]]) -> str:
         known = int(trainer.classes[row])
         name = names[known] if known < len(names) else f"class {known}"
         warned = ", untrained" if known in trainer.untrained else ""
-        lines.append(f"<tr><td>{_image(shown)}</td>{cells}<th>{html.escape(name)}{warned}</th></tr>")
-    return f'<div class="pictures"><table><tr><th></th>{head}<th></th></tr>{"".join(lines)}</table></div>'
+        caption = f"<small>{html.escape(name)}{warned}</small>"
+        lines.append(f"<tr><td>{_image(shown)}{caption}</td>{cells}</tr>")
+    return f'<div class="pictures"><table><tr><th></th>{head}</tr>{"".join(lines)}</table></div>'
 
 
 def _image(pixels: Array) -> str:
