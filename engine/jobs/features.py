@@ -86,32 +86,48 @@ class Features:
         statuses: Counter[str] = Counter()
         first_bad: tuple[int, str] | None = None
         for part in self.parts:
-            name, rows = self._name(part, "json"), self.rows(part)
-            try:
-                about = json.loads((self.run / name).read_text())
-                classes[rows], scores[rows] = about["class"], about["score"]
-                good[rows] = np.array(about["status"]) == "ok"
-                statuses.update(about["status"])
-                bad = np.flatnonzero(~good[rows])
-                if first_bad is None and len(bad):
-                    first_bad = (rows[bad[0]], str(about["error"][bad[0]]))
-            except (OSError, ValueError, LookupError, TypeError) as err:
-                raise self._damaged(name, err) from None
+            about, rows = self._about(part), self.rows(part)
+            classes[rows], scores[rows] = about["class"], about["score"]
+            good[rows] = np.array(about["status"]) == "ok"
+            statuses.update(about["status"])
+            bad = np.flatnonzero(~good[rows])
+            if first_bad is None and len(bad):
+                first_bad = (rows[bad[0]], str(about["error"][bad[0]]))
         return Known(classes, scores, good, dict(sorted(statuses.items())), first_bad)
 
     @cached_property
     def _maps(self) -> list[Array]:
-        opened = []
-        for part in self.parts:
-            name = self._name(part, "npy")
-            try:
-                values = np.load(self.run / name, mmap_mode="r", allow_pickle=False)
-                if values.shape != (len(self.rows(part)), *self.shape) or values.dtype != np.float16:
-                    raise ValueError(f"it holds {values.dtype} {values.shape}")
-            except (OSError, ValueError, EOFError) as err:
-                raise self._damaged(name, err) from None
-            opened.append(values)
-        return opened
+        return [self._opened(part) for part in self.parts]
+
+    def sound(self) -> bool:
+        """Whether every part that is there can be read."""
+        try:
+            for part in set(self.parts).difference(self.missing()):
+                self._about(part)
+                self._opened(part)
+        except RunError:
+            return False
+        return True
+
+    def _about(self, part: int) -> dict[str, list[Any]]:
+        name = self._name(part, "json")
+        try:
+            about: dict[str, list[Any]] = json.loads((self.run / name).read_text())
+            if any(len(about[key]) != len(self.rows(part)) for key in ("status", "error", "class", "score")):
+                raise ValueError("it has another number of rows")
+        except (OSError, ValueError, LookupError, TypeError) as err:
+            raise self._damaged(name, err) from None
+        return about
+
+    def _opened(self, part: int) -> Array:
+        name = self._name(part, "npy")
+        try:
+            values: Array = np.load(self.run / name, mmap_mode="r", allow_pickle=False)
+            if values.shape != (len(self.rows(part)), *self.shape) or values.dtype != np.float16:
+                raise ValueError(f"it holds {values.dtype} {values.shape}")
+        except (OSError, ValueError, EOFError) as err:
+            raise self._damaged(name, err) from None
+        return values
 
     def take(self, rows: Array) -> Array:
         """The values of some images, (n, ...) float32.

@@ -207,8 +207,8 @@ def _begin(job: TrainJob, loaded: Loaded, source: Source, asked: Mapping[str, An
         IncompleteError: the folder can't be written.
     """
     run = job.folder
-    old = _read_settings(run) if (run / "train.json").exists() else None
-    if exists and old is not None:
+    if exists:
+        old = _read_settings(run)
         plans.check_same(run, plans.Plan(old, source.table), asked)
         return old
     if loaded.tap is None:
@@ -223,17 +223,26 @@ def _begin(job: TrainJob, loaded: Loaded, source: Source, asked: Mapping[str, An
         "versions": plans.versions(),
     }
     try:
-        kept = old is not None and all(old["identity"].get(key) == settings["identity"][key] for key in FEATURES_BY)
-        if not (kept and _read_plan(run).equals(source.table)):
-            shutil.rmtree(run / FOLDER, ignore_errors=True)
+        kept = _same_features(run, settings, source)
         for name in ("train.json", "checkpoint.npz", "summary.json"):
             (run / name).unlink(missing_ok=True)
-        shutil.rmtree(run / "report", ignore_errors=True)
+        for name in ("report", *([] if kept else [FOLDER])):
+            shutil.rmtree(run / name, ignore_errors=True)
         store.commit(run, store.PLAN, store.parquet_bytes(source.table))
         store.commit(run, "train.json", (json.dumps(settings, indent=1) + "\n").encode())
     except OSError as err:
         raise IncompleteError(store.write_refusal(run, err)) from err
     return settings
+
+
+def _same_features(run: Path, settings: Mapping[str, Any], source: Source) -> bool:
+    """Whether the features of an earlier training there are those that new settings ask for, and can be read."""
+    try:
+        old, images = _read_settings(run)["identity"], _read_plan(run)
+    except RunError:  # none, or damaged
+        return False
+    same = all(old.get(key) == settings["identity"][key] for key in FEATURES_BY) and images.equals(source.table)
+    return same and Features(run, images.num_rows, settings["shape"]).sound()
 
 
 def _read_settings(run: Path) -> dict[str, Any]:

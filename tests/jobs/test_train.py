@@ -469,6 +469,11 @@ def test_a_checkpoint_that_does_not_belong_or_is_damaged(job, tmp_path, make_mod
     (tmp_path / "out.training" / "features" / "part-000000.npy").write_bytes(b"\x93NUMPY")
     with pytest.raises(RunError, match=r"part-000000\.npy: damaged"):
         train(job(), "quiet")
+    assert train(job(overwrite=True), "quiet").epochs == 3
+    (tmp_path / "out.training" / "train.json").write_text("{")
+    with pytest.raises(RunError, match=r"train\.json: damaged .* --overwrite"):
+        train(job(), "quiet")
+    assert train(job(overwrite=True), "quiet").epochs == 3
 
 
 def test_where_it_is_written(job, model, tmp_path):
