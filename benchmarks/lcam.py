@@ -114,9 +114,10 @@ def compare(
     losses: list[str],
     seeds: int,
     score_cam: int,
+    schedule: dict[str, Any],
     save: Callable[[dict[str, Any]], None],
 ) -> None:
-    """`save` is given what is known after every step."""
+    """`save` is given what is known after every step; `schedule` differs from the preset."""
     training, testing = split(data)
     judge = Judge(model, testing)
     result: dict[str, Any] = {"trained_on": len(training), "judged_on": len(testing)}
@@ -137,9 +138,8 @@ def compare(
                 found = []
                 for seed in range(seeds):
                     out = folder / "lcam.onnx"
-                    job = TrainJob(
-                        model=model, inputs=(listing,), out=out, variant=variant, loss=loss, seed=seed, overwrite=True
-                    )
+                    how = {"variant": variant, "loss": loss, "seed": seed, **schedule}
+                    job = TrainJob(model=model, inputs=(listing,), out=out, overwrite=True, **how)
                     start = time.perf_counter()
                     told = train(job, "quiet")
                     seconds = time.perf_counter() - start
@@ -160,7 +160,8 @@ def compare(
                     )
                     keys = [f"{name}_{share}" for share in SHARES for name in ("drop", "increase")]
                     values = {key: [each[key] for each in found] for key in keys}
-                    result[f"l-cam {variant} {loss}"] = {
+                    changed = "".join(f", {key} {value}" for key, value in schedule.items())
+                    result[f"l-cam {variant} {loss}{changed}"] = {
                         "mean": {key: round(statistics.mean(each), 2) for key, each in values.items()},
                         "range": {key: round(max(each) - min(each), 2) for key, each in values.items()},
                         "seeds": found,
@@ -240,6 +241,8 @@ def main() -> None:
     parser.add_argument("--loss", nargs="+", default=["own-map", "faithful"])
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--score-cam", type=int, default=0, help="images of those judged that Score-CAM explains too")
+    parser.add_argument("--epochs", type=int)
+    parser.add_argument("--rate", type=float)
     given = parser.parse_args()
     model = given.data / "models" / f"{given.model}.onnx"
     path = HERE / "results" / f"lcam-{given.model}.json"
@@ -253,7 +256,8 @@ def main() -> None:
 
     for what in given.what:
         if what == "compare":
-            how = (given.variant, given.loss, given.seeds, given.score_cam)
+            schedule = {key: getattr(given, key) for key in ("epochs", "rate") if getattr(given, key) is not None}
+            how = (given.variant, given.loss, given.seeds, given.score_cam, schedule)
             compare(given.data, model, *how, lambda found: save("compare", found))
         else:
             save(what, speed(given.data, model))
