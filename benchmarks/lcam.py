@@ -26,7 +26,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from figures import HERE, cli, machine, photographs
+from figures import HERE, machine, photographs
 
 from heatmill import Explainer
 from heatmill.engine.jobs.train import train
@@ -188,17 +188,27 @@ def opened(job: TrainJob) -> Trainer:
     raise RuntimeError("the training never began")
 
 
-def epoch(trainer: Trainer) -> tuple[float, float]:
-    """Seconds per image of an epoch: of the clock, and of the processor."""
+def clocks(work: Callable[[], Any]) -> tuple[float, float]:
+    """Seconds that something takes, on the clock and of the processor."""
     wall, processor = time.perf_counter(), time.process_time()
-    for rows, values in trainer._ahead(trainer.trained):
-        trainer.batch(rows, values)
-    count = len(trainer.trained)
-    return (time.perf_counter() - wall) / count, (time.process_time() - processor) / count
+    work()
+    return time.perf_counter() - wall, time.process_time() - processor
+
+
+def epoch(trainer: Trainer) -> tuple[float, float]:
+    """Seconds per image of an epoch."""
+
+    def work() -> None:
+        for rows, values in trainer._ahead(trainer.trained):
+            trainer.batch(rows, values)
+
+    wall, processor = clocks(work)
+    return wall / len(trainer.trained), processor / len(trainer.trained)
 
 
 def speed(data: Path, model: Path) -> dict[str, Any]:
-    """Medians; beside each time on the clock the processor's, which other work on the machine hardly changes."""
+    """Medians; beside each time on the clock the processor's, which other work on the machine hardly changes (with
+    OPENBLAS_NUM_THREADS=1: threads of NumPy that wait for each other would count)."""
     training, _ = split(data)
     result: dict[str, Any] = {}
     with tempfile.TemporaryDirectory() as name:
@@ -216,19 +226,23 @@ def speed(data: Path, model: Path) -> dict[str, Any]:
         trainer = opened(TrainJob(model=model, inputs=(few,), out=folder / "img.onnx", variant="img", batch_size=BATCH))
         ratios, processor_ratios = [], []
         for _ in range(3):
-            forward, work = time.perf_counter(), time.process_time()
-            judge.scores(judge.inputs)
-            forward, work = time.perf_counter() - forward, time.process_time() - work
+            forward, work = clocks(lambda: judge.scores(judge.inputs))
             wall, processor = epoch(trainer)
             ratios.append(wall / (forward / BATCH))
             processor_ratios.append(processor / (work / BATCH))
         result["img_in_forward_passes"] = round(statistics.median(ratios), 2)
         result["img_in_forward_passes_of_processor_time"] = round(statistics.median(processor_ratios), 2)
         told = train(TrainJob(model=model, inputs=(few,), out=folder / "lcam.onnx", epochs=1), "quiet")
-        bench = cli("bench", told.out, data / "images" / "ccby", "-m", "l-cam", "--limit", 96, "--batch-size", BATCH)
-        result["explain_of_bare"] = round(bench["bare_rows_per_second"] / bench["images_per_second"], 3)
-        result["explain_outside_network"] = round(bench["outside_network"], 4)
-        result["bench"] = {key: bench[key] for key in ("images_per_second", "bare_rows_per_second", "rounds")}
+        explainer = Explainer(told.out, method="l-cam", batch_size=BATCH)
+        for target in ("predicted", "7"):
+            found = []
+            for _ in range(7):
+                bare, work = clocks(lambda: judge.scores(judge.inputs))
+                wall, processor = clocks(lambda target=target: explainer.explain(judge.inputs, target))
+                found.append((wall / bare, processor / work))
+            walls, processors = zip(*found[1:], strict=True)
+            result[f"explain_{target}_of_bare"] = round(statistics.median(walls), 3)
+            result[f"explain_{target}_of_bare_processor_time"] = round(statistics.median(processors), 3)
     return result
 
 
