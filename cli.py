@@ -138,7 +138,7 @@ def job_options(command: Command) -> Command:
                 default=["predicted"],
                 show_default=True,
                 metavar="TARGET",
-                help="predicted, topN, label, a class number or name; repeatable.",
+                help="predicted, topN, label, all, a class number or name; repeatable.",
             ),
             click.option(
                 "--seed", default=0, show_default=True, type=click.IntRange(0, 2**63 - 1), help="Of random masks."
@@ -655,6 +655,105 @@ def bench(model: Path, inputs: tuple[Path, ...], as_json: bool, debug: bool, **o
     options["batch_size"] = _batch_size(options["batch_size"])
     found = measure(model, inputs, **options)
     click.echo(json.dumps(found) if as_json else bench_text(found), nl=as_json)
+
+
+@main.command("train-lcam")
+@click.argument("model", type=click.Path(path_type=Path))
+@click.argument("inputs", nargs=-1, required=True, type=click.Path(path_type=Path))
+@click.option("-o", "--out", required=True, type=click.Path(path_type=Path), help="The .onnx file that comes out.")
+@click.option("--run", type=click.Path(path_type=Path), help="Folder of the training [default: OUT.training].")
+@click.option(
+    "--variant",
+    default="fm",
+    show_default=True,
+    type=click.Choice(["fm", "img"]),
+    help="What the attention multiplies: feature maps (the head alone runs) or the image (the whole network).",
+)
+@click.option(
+    "--loss",
+    default="own-map",
+    show_default=True,
+    type=click.Choice(["own-map", "faithful"]),
+    help="Which maps area and variation are of: each image's own, or, as in the authors' code, all pairs of a batch.",
+)
+@click.option(
+    "--preset",
+    default="head",
+    show_default=True,
+    type=click.Choice(["head", "vgg", "resnet"]),
+    help="Schedule: for few images, begun with the head's own weights; or as published for VGG and ResNet.",
+)
+@click.option("--epochs", type=click.IntRange(1), help="Over the training images [default: the preset's].")
+@click.option("--batch-size", type=click.IntRange(1, 4096), help="Images per step [default: the preset's].")
+@click.option("--rate", type=click.FloatRange(0, min_open=True), help="Of the steps at first [default: the preset's].")
+@click.option(
+    "-t",
+    "--target",
+    default="predicted",
+    show_default=True,
+    type=click.Choice(["predicted", "label"]),
+    help="Class of an image: the model's own prediction, or the manifest's label.",
+)
+@click.option(
+    "--held-out",
+    default=0.1,
+    show_default=True,
+    type=click.FloatRange(0, 0.9, min_open=True),
+    help="Share of images that are not trained on.",
+)
+@click.option(
+    "--patience",
+    default=5,
+    show_default=True,
+    type=click.IntRange(0),
+    help="Epochs without a better held-out loss after which training ends; 0 is never.",
+)
+@click.option("--seed", default=0, show_default=True, type=click.IntRange(0, 2**63 - 1), help="Of order and split.")
+@click.option("--limit", type=click.IntRange(1), help="Take only the first N images.")
+@model_options
+@click.option("--backend", default="auto", show_default=True, help="auto, reference or onnxruntime.")
+@click.option("--provider", help="The backend's provider [default: the fastest].")
+@click.option("--workers", type=click.IntRange(1, 256), help="Threads that decode images [default: the cores].")
+@click.option(
+    "--max-bad",
+    default=0.01,
+    show_default=True,
+    type=click.FloatRange(0, 1),
+    help="Share of bad images above which the exit code is 3.",
+)
+@click.option("--overwrite", is_flag=True, help="Train anew; features that are still right are kept.")
+@click.option("--quiet", is_flag=True, help="No progress.")
+@click.option("--log-format", type=click.Choice(["auto", "json"]), default="auto", help="Of progress on stderr.")
+@common_options
+def train_lcam(as_json: bool, debug: bool, quiet: bool, log_format: str, **options: Any) -> int:
+    """Train L-CAM's attention on a frozen classifier: afterwards one pass explains an image for any class.
+
+    The classifier with the attention comes out as one ONNX file, for heatmill explain lcam.onnx photos/ --method l-cam.
+    The same command resumes.
+
+    Example: heatmill train-lcam model.onnx photos/ -o lcam.onnx
+    """
+    from .engine.jobs.train import train
+    from .engine.jobs.train_settings import TrainJob
+
+    style = "quiet" if quiet else "json" if log_format == "json" else "auto"
+    trained = train(TrainJob(**options), style)
+    if as_json:
+        click.echo(json.dumps({field.name: getattr(trained, field.name) for field in fields(trained)}))
+    else:
+        last = next(entry for entry in reversed(trained.history) if "average_drop" in entry)
+        click.echo(
+            f"{trained.out}: epoch {trained.best_epoch} of {trained.epochs} kept; held out at the end: average drop "
+            f"{last['average_drop']:.1f}%, increase {last['increase']:.1f}%"
+        )
+        click.echo(f"  {trained.trained} images trained on, {trained.held_out} held out, {trained.bad} bad")
+        told = f", {trained.untrained} have none and are marked untrained" if trained.untrained else ""
+        click.echo(f"  {trained.classes} classes have a training image{told}")
+        click.echo(f"  report: {trained.page}")
+    if trained.exit_code == 3:
+        share = f"{trained.bad} of {trained.images} images are bad, more than --max-bad {options['max_bad']:g} allows"
+        click.echo(f"heatmill: {share}", err=True)
+    return trained.exit_code
 
 
 @main.command("compile")

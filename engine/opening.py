@@ -13,6 +13,7 @@ import numpy.typing as npt
 
 from .. import BackendError, InputError, ModelError
 from ..models.find_spec import find_spec
+from ..models.graph.attention import read_attention
 from ..models.graph.head import linear_head, raw_scores
 from ..models.graph.tap import Reading, Tap, make_batch_dynamic, with_outputs
 from ..models.load import ModelFile, inline_external_data, open_model
@@ -145,6 +146,7 @@ def read_facts(model: ModelFile, spec: ModelSpec, reading: Reading, tap: Tap | N
         has_logits=spec.output == "logits" or raw != model.output,
         tap=tap,
         head=linear_head(reading, tap, raw) if tap else "the model has no feature map",
+        attention=read_attention(model, tap),
         layers=tuple(reading.taps()),
         waists=reading.waists,
         operators=frozenset(node.op_type for node in reading.graph.node),

@@ -26,6 +26,7 @@ from .types import Array, MethodCall, Returned, Target
 
 # OpenVINO 2026.4 takes one layout of a square weight for the other where a graph reads it both ways.
 FORWARD_ONLY = {"openvino": "cpu"}
+MOST_WAYS = 64  # targets of an image that are followed back in one graph
 BUDGET = 5 << 29  # bytes of the values on a way back that are held at once: for 8 images of LRP on ResNet-50
 
 
@@ -152,6 +153,48 @@ class Head:
 
 
 @dataclass(frozen=True, slots=True)
+class EntropyPass:
+    """The graph from a layer, or from the image, to the raw scores and back with the gradient of cross-entropy, open.
+
+    Attributes:
+        inlet, gradient, scores: the names of what is fed, of what comes back there, and of the raw scores.
+        batch_size: rows per call, at most.
+        whole: whether every call must have so many.
+        channels_last: whether what comes back at the image is (n, h, w, c).
+    """
+
+    session: Session
+    inlet: str
+    gradient: str
+    scores: str
+    dtype: np.dtype[Any]
+    batch_size: int
+    whole: bool
+    channels_last: bool = False
+
+    def run(self, values: Array, classes: Array) -> tuple[Array, Array]:
+        """Raw scores (n, classes), and the gradient of each row's own cross-entropy at the values, in their layout.
+
+        Args:
+            values: (n, ...) of the layer as the graph holds it, or the network's input.
+            classes: (n,).
+        """
+        raws, gradients = [], []
+        for start in range(0, len(values), self.batch_size):
+            part, chosen = values[start : start + self.batch_size], classes[start : start + self.batch_size]
+            rows = len(part)
+            if self.whole and rows < self.batch_size:
+                missing = self.batch_size - rows
+                part = np.concatenate([part, np.repeat(part[:1], missing, axis=0)])
+                chosen = np.append(chosen, np.repeat(chosen[:1], missing))
+            feeds = {self.inlet: np.ascontiguousarray(part, self.dtype), TARGETS: chosen.astype(np.int64)[:, None]}
+            raw, gradient = self.session.run(feeds, [self.scores, self.gradient])
+            raws.append(raw.reshape(len(raw), -1)[:rows])
+            gradients.append(gradient[:rows])
+        return np.concatenate(raws), np.concatenate(gradients)
+
+
+@dataclass(frozen=True, slots=True)
 class Passes:
     """What a run's graph does besides: `observe` goes with every image, `through` and `head` are what rows may take."""
 
@@ -178,9 +221,10 @@ def open_passes(
         budget: bytes that may be held of the values on the way, by `row_bytes`.
 
     Raises:
-        InputError: an operator of the model has no rule.
+        InputError: an operator of the model has no rule, or there are too many targets.
         BackendError: the runtime refuses a graph.
     """
+    check_targets(loaded, targets)
     observed = requests_of(loaded, loaded.calls, "backward")
     taken = requests_of(loaded, loaded.calls, "through")
     head = _open_head(loaded, session, batch_size, threads) if loaded.needs_head else None
@@ -211,6 +255,21 @@ def graphs_to_build(
     for number, request in enumerate(requests_of(loaded, loaded.calls, "through"), 1):
         made = opener.make((request,), 1, 0)
         yield f"rows {number}", made.data, made.profile
+
+
+def check_targets(loaded: Loaded, targets: Sequence[Target]) -> None:
+    """Refuse more targets than one graph has ways back for.
+
+    Raises:
+        InputError: names the method, and what explains every class at once.
+    """
+    count, _ = _targets(targets)
+    back = [call.method.name for call in loaded.calls if call.method.backward(loaded.facts, call.parameters)]
+    if back and count > MOST_WAYS:
+        raise InputError(
+            f"{count} targets: method {back[0]} follows each back by itself, and {MOST_WAYS} are the most; l-cam and "
+            "cam explain every class in one pass"
+        )
 
 
 def _targets(targets: Sequence[Target]) -> tuple[int, int]:
@@ -250,12 +309,54 @@ def _open_head(loaded: Loaded, session: Session, batch_size: int, threads: int |
     kind = np.dtype(np.float16 if loaded.own_precision == "fp16" else np.float32)
     shape = [sizes[letter] for letter in tap.layout]
     try:
-        head = head_of(proto, tap.name, loaded.scores, shape, helper.np_dtype_to_tensor_dtype(kind))
+        head = head_of(proto, tap.name, [loaded.scores], shape, helper.np_dtype_to_tensor_dtype(kind))
     except ModelError as err:
         raise InputError(f"{loaded.model.path.name}: {err}") from None
     profile = Profile(batch_size, session.precision, session.provider, threads, device=device_of(session))
     opened = open_session(session.backend, head.SerializeToString(), profile)
     return Head(opened, tap, loaded.scores, kind, batch_size)
+
+
+def open_entropy(
+    loaded: Loaded,
+    session: Session,
+    at: Tap | None,
+    batch_size: int,
+    free: bool = True,
+    threads: int | None = None,
+    budget: int = BUDGET,
+) -> EntropyPass:
+    """Open the way from a layer, or from the image where `at` is None, to the classes' cross-entropy and back.
+
+    Args:
+        session: what runs the network; the way back runs on its backend, in fp32.
+        batch_size: rows per call, at most: as many as `budget` allows.
+        free: whether the batch axis can be opened; where not, it is `batch_size` always.
+
+    Raises:
+        InputError: an operator of the model has no rule, or values go around the layer.
+        BackendError: the runtime refuses the graph.
+    """
+    start = "cross-entropy-sigmoid" if loaded.posterior == "sigmoid" else "cross-entropy"
+    request = Request(at=at.name if at else "", start=start)
+    opener = _Opener(loaded, session.backend, session.provider, batch_size, threads, budget, device_of(session), free)
+    made = opener.make((request,), 1, 0)
+    gradient, shape = made.outputs[0].values[0], made.graph.shape(made.graph.image)
+    last = shape[1:] == (*loaded.facts.size, loaded.spec.input_size[0])
+    dtype = np.dtype(loaded.model.input.dtype)
+    whole = made.graph.shape(made.graph.input)[0] is not None or not session.flexible
+    data, inlet = made.data, loaded.model.input.name
+    if at is not None:
+        inlet, dtype = at.name, made.graph.dtype
+        rows: list[int | str] = ["N" if size is None else size for size in made.graph.shape(at.name)]
+        kind, proto = helper.np_dtype_to_tensor_dtype(dtype), onnx.ModelProto.FromString(made.data)
+        try:
+            head = head_of(proto, at.name, [loaded.scores, gradient], rows, kind, [TARGETS])
+        except ModelError as err:
+            raise InputError(f"{loaded.model.path.name}: {err}") from None
+        data = head.SerializeToString()
+    opened = open_session(session.backend, data, made.profile)
+    return EntropyPass(opened, inlet, gradient, loaded.scores, dtype, made.profile.batch_size, whole, last)
 
 
 def row_seconds(passes: Passes, batch: Array) -> tuple[float, float, float]:
@@ -317,13 +418,14 @@ class _Opener:
         threads: int | None = None,
         budget: int = BUDGET,
         device: int = 0,
+        free: bool = True,
     ) -> None:
         self._loaded, self._backend, self._threads, self._device = loaded, backend, threads, device
         self._provider = FORWARD_ONLY.get(provider, provider)
         self._budget = budget
         self._batch_size = batch_size
         self._keep = [loaded.tap] if loaded.tap else []
-        self._static = batch_size if batch_size in (1, loaded.model.input.batch) else None
+        self._static = batch_size if not free or batch_size in (1, loaded.model.input.batch) else None
         self._graphs: dict[tuple[bool, tuple[str, ...]], Graph] = {}
 
     def make(self, requests: Sequence[Request], targets: int, ranks: int, layers: tuple[Tap, ...] = ()) -> _Made:

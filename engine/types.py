@@ -14,6 +14,7 @@ from .. import InputError
 from ..kernels.finish import finish
 
 if TYPE_CHECKING:
+    from ..models.graph.attention import Attention
     from ..models.graph.head import LinearHead
     from ..models.graph.request import Request
     from ..models.graph.tap import Tap
@@ -134,6 +135,7 @@ class Facts:
         has_logits: whether raw scores are known.
         tap: the layer that is read.
         head: the linear layer on the pooled tap, or the reason why there is none.
+        attention: the trained attention on the tap, or the reason why there is none.
         layers: every feature map, in the graph's order.
         waists: the names of values that every path from the image to the scores passes.
         operators: the kinds of operators of the graph.
@@ -144,6 +146,7 @@ class Facts:
     has_logits: bool
     tap: Tap | None
     head: LinearHead | str
+    attention: Attention | str = "the file has no attention"
     layers: tuple[Tap, ...] = ()
     waists: frozenset[str] = frozenset()
     operators: frozenset[str] = frozenset()
@@ -555,13 +558,16 @@ def nearest(word: str, known: list[str]) -> str:
     return f"nearest: {', '.join(near)}" if near else f"known: {', '.join(known)}"
 
 
+MOST_CLASSES = 10**5
+
+
 def parse_targets(texts: list[str] | tuple[str, ...], classes: int, label_names: tuple[str, ...]) -> tuple[Target, ...]:
-    """Targets from `predicted`, `topN`, `label`, class numbers and class names.
+    """Targets from `predicted`, `topN`, `label`, `all` (a target for each class), class numbers and class names.
 
     Raises:
         InputError: a number outside the model's classes, an unknown or ambiguous name.
     """
-    targets = []
+    targets: list[Target] = []
     for text in texts:
         word = text.strip()
         if word in ("predicted", "label"):
@@ -571,6 +577,10 @@ def parse_targets(texts: list[str] | tuple[str, ...], classes: int, label_names:
             if not 1 <= count <= classes:
                 raise InputError(f"target {word!r}: the model has {classes} classes")
             targets.append(Target("top", count))
+        elif word == "all" and word not in label_names:
+            if classes > MOST_CLASSES:
+                raise InputError("target 'all': the model does not say how many classes it has; name them")
+            targets += [Target("class", number) for number in range(classes)]
         else:
             targets.append(Target("class", class_index(word, classes, label_names)))
     if len(set(targets)) < len(targets):

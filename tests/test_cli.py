@@ -44,6 +44,7 @@ COMMANDS = [
     "methods",
     "plan",
     "report",
+    "train-lcam",
     "verify",
 ]
 
@@ -587,7 +588,18 @@ def test_the_examples_of_the_help_run(heatmill, here, monkeypatch):
     """All but the demo's, which needs its extra."""
     monkeypatch.setattr(benching, "BARE_SECONDS", 0.01)
     monkeypatch.setattr(forecasting, "LANE_SECONDS", 0.01)
-    for command in ("explain", "verify", "report", "evaluate", "inspect", "methods", "doctor", "bench", "plan"):
+    for command in (
+        "explain",
+        "verify",
+        "report",
+        "evaluate",
+        "inspect",
+        "methods",
+        "doctor",
+        "bench",
+        "plan",
+        "train-lcam",
+    ):
         for line in examples(command):
             if command == "explain":
                 shutil.rmtree("run", ignore_errors=True)
@@ -721,6 +733,35 @@ def test_evaluate_refuses_in_a_line(heatmill, run, tmp_path, arguments, message)
 
 def test_evaluate_of_what_is_no_run(heatmill, tmp_path):
     assert "not a run (it has no run.json)" in refusal(heatmill, tmp_path, "evaluate", tmp_path / "nothing", code=5)
+
+
+# --- train-lcam ---------------------------------------------------------------------------------------------------
+
+
+def test_an_attention_is_trained_and_explains_every_class(heatmill, here):
+    call = ("train-lcam", "model.onnx", "photos", "-o", "lcam.onnx", "--epochs", "2", "--json", "--log-format", "json")
+    code, told, noted = heatmill(*call)
+    found = json.loads(told)
+    assert (code, found["out"], found["run"], found["trained"]) == (0, "lcam.onnx", "lcam.training", 3)
+    events = [json.loads(line) for line in noted.splitlines()]
+    epochs = [event for event in events if event["event"] == "epoch"]
+    assert [event["epoch"] for event in epochs] == [1, 2]
+    assert {"loss", "entropy", "area", "variation", "held_out", "average_drop", "increase"} <= epochs[-1].keys()
+    code, told, noted = heatmill(*call[:-3])
+    assert code == 0
+    assert told.startswith("lcam.onnx: epoch ")
+    assert "have none and are marked untrained" in told
+    code, *_ = heatmill("explain", "lcam.onnx", "photos", "-o", "run", "-m", "l-cam", "-t", "all", "--quiet")
+    assert code == 0
+    assert [row.target for row in open_run("run").rows()] == [0, 1, 2, 3, 4] * 4
+    line = refusal(heatmill, here, "explain", "lcam.onnx", "photos", "-o", "x", "-m", "l-cam", "--layer", "r1")
+    assert "method l-cam can't run: its attention reads layer 'features'; leave --layer out" in line
+    line = refusal(heatmill, here, "explain", "model.onnx", "photos", "-o", "x", "-m", "l-cam")
+    assert "method l-cam can't run: the file has no attention; heatmill train-lcam makes one with it" in line
+    line = refusal(heatmill, here, "train-lcam", "model.onnx", next(Path("photos").glob("*.png")), "-o", "x.onnx")
+    assert "1 image is not enough" in line
+    line = refusal(heatmill, here, *call[:-3], "--variant", "img", code=5)
+    assert "lcam.training: belongs to other settings (--variant: fm in the run, img asked)" in line
 
 
 # --- compile ------------------------------------------------------------------------------------------------------

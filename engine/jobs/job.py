@@ -93,14 +93,26 @@ def explain(job: plans.Job, style: str = "auto", deadline: float | None = None) 
         HeatmillError: refused, or incomplete and resumable; `exit_code` says which.
         KeyboardInterrupt: interrupted by the user, after the batch in flight.
     """
+    with resumable(job.out) as signals:
+        return _explain(job, style, deadline, signals)
+
+
+@contextmanager
+def resumable(run: Path) -> Iterator[Signals]:
+    """Around a run's work: a signal ends it in words.
+
+    Raises:
+        IncompleteError: stopped by a signal.
+        KeyboardInterrupt: interrupted by the user.
+    """
     with Signals() as signals:
         try:
-            return _explain(job, style, deadline, signals)
+            yield signals
         except KeyboardInterrupt:
             if signals.number in (None, signal.SIGINT):
-                raise KeyboardInterrupt(f"{job.out}: interrupted; the same command resumes") from None
+                raise KeyboardInterrupt(f"{run}: interrupted; the same command resumes") from None
             name = signal.Signals(signals.number).name
-            raise IncompleteError(f"{job.out}: stopped by {name}; the same command resumes") from None
+            raise IncompleteError(f"{run}: stopped by {name}; the same command resumes") from None
 
 
 def _explain(job: plans.Job, style: str, deadline: float | None, signals: Signals) -> Summary:

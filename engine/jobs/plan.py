@@ -21,7 +21,7 @@ from ...models.load import ModelFile, open_model
 from ...models.spec import ModelSpec
 from ..methods import parse_method
 from ..opening import Loaded, load, load_opened, read_graph
-from ..passes import check_backward
+from ..passes import check_backward, check_targets
 from ..trial import Trial
 from ..types import Target, class_index, parse_targets
 from . import store
@@ -101,14 +101,15 @@ def open_job(job: Job) -> tuple[Loaded, Source, tuple[Target, ...]]:
     check_backward(loaded)
     classes = loaded.model.classes or len(loaded.spec.label_names) or 2**31 - 1
     targets = parse_targets(job.targets, classes, loaded.spec.label_names)
+    check_targets(loaded, targets)
     inputs = [path.absolute() if os.path.exists(path) else path for path in job.inputs]
     source = list_source(inputs, limit=job.limit)
     if any(target.kind == "label" for target in targets):
-        source = _with_classes(source, classes, loaded.spec.label_names)
+        source = with_classes(source, classes, loaded.spec.label_names)
     return loaded, source, targets
 
 
-def _with_classes(source: Source, classes: int, label_names: tuple[str, ...]) -> Source:
+def with_classes(source: Source, classes: int, label_names: tuple[str, ...]) -> Source:
     if not source.has_labels:
         raise InputError("target 'label' needs a manifest with a column 'label' or 'target'; the input has none")
     labels = source.table["label"].to_pylist()

@@ -68,12 +68,16 @@ class Progress:
 
     def note(self, text: str) -> None:
         """A line of its own."""
+        self.tell(text, "note", text=text)
+
+    def tell(self, line: str, event: str, /, **values: Any) -> None:
+        """A line of its own; to machines the values of an event in its place."""
         if self._bar is not None:
-            self._bar.console.print(text, highlight=False)
+            self._bar.console.print(line, highlight=False)
         elif self._style == "json":
-            print(json.dumps({"event": "note", "text": text}), file=sys.stderr, flush=True)
+            print(json.dumps({"event": event, **values}), file=sys.stderr, flush=True)
         elif self._style != "quiet":
-            print(text, file=sys.stderr, flush=True)
+            print(line, file=sys.stderr, flush=True)
 
     def _show(self) -> None:
         if self._bar is not None:

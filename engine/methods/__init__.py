@@ -17,6 +17,7 @@ from .group_cam import GROUP_CAM
 from .head_cams import HEAD_CAMS
 from .integrated_gradients import INTEGRATED_GRADIENTS
 from .kernel_shap import KERNEL_SHAP
+from .l_cam import L_CAM
 from .lime import LIME
 from .lrp import RELEVANCES
 from .occlusion import OCCLUSION
@@ -37,7 +38,7 @@ METHODS: dict[str, Method] = {
         SCORE_CAM,
         *SCORE_CAM_KIN,
         *SISES,
-        *(CF_CAM, GROUP_CAM, SIDU, RISE, OCCLUSION, LIME, KERNEL_SHAP, ABLATION_CA, CAM),
+        *(CF_CAM, GROUP_CAM, SIDU, RISE, OCCLUSION, LIME, KERNEL_SHAP, ABLATION_CA, L_CAM, CAM),
         *HEAD_CAMS,
         *GRADIENT_CAMS,
         FG_CAM,

@@ -232,7 +232,7 @@ def _send(walk: Walk, key: tuple[str, ...], chosen: str) -> Mapping[str, tuple[s
     kind, composite, start, start_at = key
     if kind == "relevance":
         return relevance(walk, chosen, composite, start, start_at)
-    seed = weights(walk) if start == "weights" else one_hot(walk, chosen)
+    seed = SEEDS[start](walk, chosen)
     return {end: (found, None) for end, found in gradient(walk, seed, guided=kind == "guided").items()}
 
 
@@ -250,6 +250,34 @@ def one_hot(walk: Walk, chosen: str) -> str:
 def weights(walk: Walk) -> str:
     """The fed weights of the raw scores, in their own shape."""
     return walk.once("weights", lambda: _as_scores(walk, WEIGHTS))
+
+
+def cross_entropy(walk: Walk, chosen: str) -> str:
+    """The gradient of -log of the chosen class's posterior at the raw scores: the posteriors, less 1 at the class."""
+    emit, scores = walk.emit, walk.graph.scores
+    posteriors = walk.once("posteriors", lambda: _as_scores(walk, emit.op("Softmax", _flat(walk, scores), axis=1)))
+    return emit.op("Sub", posteriors, one_hot(walk, chosen))
+
+
+def cross_entropy_sigmoid(walk: Walk, chosen: str) -> str:
+    """The same where every class has a sigmoid of its own: only the chosen one's counts."""
+    emit = walk.emit
+    posteriors = walk.once("sigmoids", lambda: emit.op("Sigmoid", walk.graph.scores))
+    return emit.op("Mul", emit.op("Sub", posteriors, 1.0), one_hot(walk, chosen))
+
+
+SEEDS: dict[str, Callable[[Walk, str], str]] = {
+    "logit": one_hot,
+    "weights": lambda walk, chosen: weights(walk),
+    "cross-entropy": cross_entropy,
+    "cross-entropy-sigmoid": cross_entropy_sigmoid,
+}
+
+
+def _flat(walk: Walk, scores: str) -> str:
+    """The raw scores as (rows, classes)."""
+    shape = walk.shape(scores)
+    return scores if len(shape) == 2 else walk.emit.op("Reshape", scores, [-1, product(shape[1:])])
 
 
 def _as_scores(walk: Walk, value: str) -> str:

@@ -13,8 +13,9 @@ class Request:
         kind: "gradient", "guided" (ReLU passes only positive gradients) or "relevance".
         at: the value at which it is wanted; "" is the image.
         start: where a relevance pass begins: "logit", a contrast ("clrp1", "clrp1-code", "clrp2", "sglrp"), or "map",
-            which is fed at `start_at`. A gradient begins with 1 at the target's raw score. Either may begin with
-            "weights" of all raw scores, which are fed.
+            which is fed at `start_at`. A gradient begins with 1 at the target's raw score, or is that of the
+            target's cross-entropy ("cross-entropy", "cross-entropy-sigmoid"). Either may begin with "weights" of all
+            raw scores, which are fed.
         composite: the rules of a relevance pass, of `lrp.COMPOSITES`.
         start_at: the value at which a fed map stands.
         times_input: multiplied by the value it is taken at.

@@ -535,6 +535,7 @@ def with_outputs(proto: onnx.ModelProto, names: Sequence[str]) -> onnx.ModelProt
     copy = onnx.ModelProto()
     copy.CopyFrom(proto)
     graph = copy.graph
+    defaults = {tensor.name for tensor in graph.initializer}
     known = {value.name: value for value in [*graph.output, *graph.value_info, *graph.input]}
     outputs = [known.get(name) or onnx.ValueInfoProto(name=name) for name in names]
     outputs = [onnx.ValueInfoProto.FromString(value.SerializeToString()) for value in outputs]
@@ -550,6 +551,11 @@ def with_outputs(proto: onnx.ModelProto, names: Sequence[str]) -> onnx.ModelProt
         tensors = [onnx.TensorProto.FromString(tensor.SerializeToString()) for tensor in weights]
         del graph.initializer[:]
         graph.initializer.extend(tensors)
+    unread = defaults.difference(needed)
+    if any(value.name in unread for value in graph.input):  # without its default, an input would have to be fed
+        inputs = [onnx.ValueInfoProto.FromString(v.SerializeToString()) for v in graph.input if v.name not in unread]
+        del graph.input[:]
+        graph.input.extend(inputs)
     del graph.output[:]
     graph.output.extend(outputs)
     del graph.value_info[:]

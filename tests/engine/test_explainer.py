@@ -244,6 +244,7 @@ def test_a_file_that_is_no_image_is_refused_by_name(make_model, tmp_path):
 
 def test_targets_are_read_and_refused():
     names = ("ant", "great white", "crane", "Crane")
+    assert parse_targets(["all"], 4, names) == tuple(Target("class", number) for number in range(4))
     parsed = parse_targets(["predicted", "top3", "0", "Great_White", "label"], 4, names)
     assert [target.text for target in parsed[:3]] == ["predicted", "top3", "0"]
     assert parsed[3].value == 1
@@ -258,6 +259,8 @@ def test_targets_are_read_and_refused():
         with pytest.raises(InputError) as caught:
             parse_targets(texts, 4, names)
         assert message in str(caught.value)
+    with pytest.raises(InputError, match="does not say how many classes"):
+        parse_targets(["all"], 2**31 - 1, ())
     assert class_index("Crane", 4, names) == 3
     with pytest.raises(InputError, match="no label names"):
         class_index("ant", 4, ())

@@ -16,9 +16,12 @@ import pytest
 from heatmill import InputError
 from heatmill.engine.explainer import Engine
 from heatmill.engine.methods import METHODS
-from heatmill.engine.opening import load, open_best
+from heatmill.engine.opening import load, open_best, read_graph
 from heatmill.engine.passes import check_backward, open_passes
 from heatmill.engine.types import Item, Target
+from heatmill.models.find_spec import find_spec
+from heatmill.models.graph.attention import with_attention
+from heatmill.models.load import open_model
 from tests import architectures as made
 
 PAGE = Path(__file__).resolve().parents[2] / "docs" / "methods.md"
@@ -60,6 +63,7 @@ def explained(folder: Path, architecture: str) -> dict[str, bool]:
     side = proto.graph.input[0].type.tensor_type.shape.dim[2].dim_value
     spec = {"input_size": [3, side, side], "mean": [0.5] * 3, "std": [0.25] * 3, "output": "logits"}
     path.with_suffix(".json").write_text(json.dumps(spec))
+    with_random_attention(path)
     able = {}
     for name in METHODS:
         try:
@@ -78,6 +82,16 @@ def explained(folder: Path, architecture: str) -> dict[str, bool]:
     for explanation in found:
         assert explanation.status == "ok", (architecture, explanation.method.text, explanation.error)
     return able
+
+
+def with_random_attention(path: Path) -> None:
+    """The file with what `l-cam` reads, which no other method may mind."""
+    model = open_model(path)
+    spec, _ = find_spec(model)
+    tap = read_graph(model, spec).choose(None)
+    rng = np.random.default_rng(0)
+    weight, bias = rng.normal(size=(model.classes, tap.channels)), rng.normal(size=model.classes)
+    onnx.save(with_attention(model, spec, tap, weight, bias, {"untrained": []}), path)
 
 
 def table(able: dict[str, dict[str, bool]]) -> str:

@@ -254,3 +254,11 @@ def test_files_made_for_one_row_are_followed_back_too(tmp_path, batch):
 def test_softmax_contrasts_are_refused_where_scores_are_independent(make_model):
     with pytest.raises(InputError, match=r"method sglrp can't run: .*independent"):
         load(make_model(end="Sigmoid"), ["sglrp"])
+
+
+def test_more_targets_than_one_graph_follows_back_are_refused(make_model, monkeypatch):
+    monkeypatch.setattr("heatmill.engine.passes.MOST_WAYS", 4)
+    explainer = Explainer(make_model(head="Dense"), method="grad-cam")
+    with pytest.raises(InputError, match=r"5 targets: method grad-cam follows each back by itself, and 4 are the most"):
+        explainer.explain(images(), "all")
+    assert Explainer(make_model(), method="cam").explain(images(), "all").maps.shape == (3, 5, 9, 8)

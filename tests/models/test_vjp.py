@@ -1000,6 +1000,31 @@ def test_weighted_scores(shape, tmp_path):
         np.testing.assert_allclose(values, wanted, rtol=1e-9, atol=1e-12)
 
 
+@pytest.mark.parametrize("start", ["cross-entropy", "cross-entropy-sigmoid"])
+@pytest.mark.parametrize("shape", ["flat", "grid"])
+def test_cross_entropy(start, shape, tmp_path):
+    """The gradient of -log of the class's posterior, against finite differences of it."""
+    net = Net()
+    if shape == "grid":
+        scores = net("Tanh", net("Conv", "x", net.w(3, 3, *SIZE)))
+        onnx.save(net.proto(net("Flatten", scores), ["N", 3]), tmp_path / "m.onnx")
+        graph = canonize(open_model(tmp_path / "m.onnx"), SIZE, scores, dtype=np.float64)
+    else:
+        graph = canonical(save(tmp_path, small_net))
+    x = image()
+
+    def entropies(moved: np.ndarray) -> np.ndarray:
+        z = evaluate(graph.proto, [graph.scores], {"x": moved})[0].reshape(len(moved), -1)
+        if start == "cross-entropy":
+            return np.logaddexp.reduce(z, axis=1, keepdims=True) - z
+        return np.logaddexp(0, -z)
+
+    directions = np.random.default_rng(2).choice([-1.0, 1.0], (4, *x.shape))
+    wanted = slopes(entropies, x, directions, 1e-3)
+    for built in lowerings(graph, [Request(start=start)]):
+        agree(gradients(built, {"x": x, TARGETS: CHOSEN}), directions, wanted, 5e-6)
+
+
 def test_names_that_the_graph_already_has_are_left_alone(tmp_path):
     path = save(tmp_path, small_net)
     wanted = gradients(build(canonical(path), [Request()], targets=2), {"x": image(), TARGETS: CHOSEN})
