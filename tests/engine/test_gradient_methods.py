@@ -1185,7 +1185,7 @@ def test_every_method_is_compared_with_a_literal_reading():
         *("occlusion", "lime", "kernel-shap", "sidu", "ablation-cam", "recipro-cam"),  # test_perturbation_methods.py
         *("faster-score-cam", "cluster-cam", "ss-cam", "is-cam"),  # there too
         *("sise", "ada-sise", "xrai"),  # test_region_methods.py
-        "ablation-ca",  # test_ablation_ca.py
+        *("ablation-ca", "l-cam"),  # test_ablation_ca.py, test_l_cam.py
     }
     assert set(METHODS) == here | functions.keys() | averaged.keys() | elsewhere
     variants = {f"grad-cam++:variant={choice}" for choice in METHODS["grad-cam++"].parameters["variant"].choices}
