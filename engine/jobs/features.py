@@ -27,6 +27,7 @@ from .worker import Prepared, prepared_ahead
 
 PART_BYTES, MAX_PART_ROWS = 64 << 20, 4096
 FOLDER = "features"
+OPEN_PARTS = 256
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,6 +58,7 @@ class Features:
         one = 2 * int(np.prod(self.shape))
         self.part_rows = min(max(1, PART_BYTES // one), MAX_PART_ROWS)
         self.bytes = one * images
+        self._open: dict[int, Array] = {}
 
     @property
     def parts(self) -> range:
@@ -95,9 +97,13 @@ class Features:
                 first_bad = (rows[bad[0]], str(about["error"][bad[0]]))
         return Known(classes, scores, good, dict(sorted(statuses.items())), first_bad)
 
-    @cached_property
-    def _maps(self) -> list[Array]:
-        return [self._opened(part) for part in self.parts]
+    def _part(self, part: int) -> Array:
+        """A part's values; only so many are open, since each holds a file."""
+        if part not in self._open:
+            if len(self._open) >= OPEN_PARTS:
+                self._open.pop(next(iter(self._open)))
+            self._open[part] = self._opened(part)
+        return self._open[part]
 
     def sound(self) -> bool:
         """Whether every part that is there can be read."""
@@ -136,8 +142,9 @@ class Features:
             RunError: a part is damaged.
         """
         out = np.empty((len(rows), *self.shape), np.float32)
-        for place, row in zip(out, rows.tolist(), strict=True):
-            place[...] = self._maps[row // self.part_rows][row % self.part_rows]
+        for i in np.argsort(rows, kind="stable").tolist():  # part by part
+            row = int(rows[i])
+            out[i] = self._part(row // self.part_rows)[row % self.part_rows]
         return out
 
     def _name(self, part: int, kind: str) -> str:

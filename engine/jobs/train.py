@@ -180,7 +180,10 @@ def _check_out(job: TrainJob) -> None:
         raise InputError(f"{job.out}: is a folder; -o takes the name of an .onnx file")
     if job.out.exists() and job.out.resolve() == Path(job.model).resolve():
         raise InputError(f"{job.out}: is the model itself; give another name with -o")
-    if job.out.exists() and not (job.folder / "train.json").exists() and not job.overwrite:
+    if not job.out.exists() or job.overwrite:
+        return
+    begun = (job.folder / "train.json").exists()
+    if not begun or _read_settings(job.folder).get("out") != str(job.out.resolve()):
         raise InputError(f"{job.out}: is there already, and not of a run here; give another name, or --overwrite")
 
 
@@ -219,6 +222,7 @@ def _begin(job: TrainJob, loaded: Loaded, source: Source, asked: Mapping[str, An
         "identity": json.loads(json.dumps(asked)),
         "model": {"path": str(loaded.model.path), "sha256": loaded.model.sha256},
         "spec": loaded.spec.to_json(),
+        "out": str(job.out.resolve()),
         "shape": list(reading.shapes[loaded.tap.name][1:]),
         "versions": plans.versions(),
     }
@@ -285,6 +289,7 @@ def _finish(job: TrainJob, loaded: Loaded, trainer: Trainer) -> Trained:
         "held_out": len(trainer.held),
         "best_epoch": best["epoch"],
         "held_out_loss": best["held_out"],
+        "measured_epoch": measured["epoch"],
         "average_drop": measured["average_drop"],
         "increase": measured["increase"],
         "untrained": untrained,

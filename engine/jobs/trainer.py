@@ -225,13 +225,12 @@ class Trainer:
     def _ahead(self, order: Array) -> Iterator[tuple[Array, Array]]:
         """Batches of rows with their values; the next one is read while one is at work."""
         size = self.schedule.batch_size
-        batches = [order[start : start + size] for start in range(0, len(order), size)]
+        batches = deque(order[start : start + size] for start in range(0, len(order), size))
         with ThreadPoolExecutor(1) as pool:
-            coming = deque(pool.submit(self.features.take, rows) for rows in batches[:1])
-            for rows, following in zip(batches, [*batches[1:], None], strict=True):
-                values = coming.popleft().result()
-                if following is not None:
-                    coming.append(pool.submit(self.features.take, following))
+            coming = pool.submit(self.features.take, batches[0]) if batches else None
+            while coming is not None:
+                rows, values = batches.popleft(), coming.result()
+                coming = pool.submit(self.features.take, batches[0]) if batches else None
                 yield rows, values
 
     def run(self, style: str, signals: Signals) -> None:
@@ -276,18 +275,19 @@ class Trainer:
         """Look at the images that are held out, keep what is best, and say how it goes."""
         at, schedule, count = self.at, self.schedule, len(self.trained)
         parts = {name: at.sums[name] / count for name in PARTS}
-        if not np.isfinite(sum(parts.values())):
+        held = self._held_loss()
+        weights = (self.weight.settle(), self.bias.settle())
+        if not all(np.isfinite(found).all() for found in (sum(parts.values()), held, *weights)):
             raise InputError(
                 f"{self.job.folder}: the loss is no longer finite in epoch {at.epoch + 1}; a smaller --rate may do "
                 "(with --overwrite)"
             )
-        held = self._held_loss()
         entry: dict[str, Any] = {"epoch": at.epoch + 1, "loss": sum(parts.values()), **parts, "held_out": held}
         entry["images_per_second"] = speed
         better = at.best < 0 or held < at.history[at.best]["held_out"]
         if better:
             at.best = at.epoch
-            self.best = (self.weight.settle().copy(), self.bias.settle().copy())
+            self.best = (weights[0].copy(), weights[1].copy())
         last = at.epoch + 1 == schedule.epochs or at.epoch - at.best >= self.job.patience > 0
         every = max(1, schedule.epochs // EVALUATIONS)
         if at.epoch == 0 or last or (at.epoch + 1) % every == 0:
@@ -331,7 +331,8 @@ class Trainer:
             for what in ("values", "velocity", "last")
         }
         arrays |= {"best_weight": self.best[0], "best_bias": self.best[1], "examples": self.examples}
-        about = {**asdict(self.at), "steps": self.weight.steps}
+        rates = {"weight": self.weight.rate, "bias": self.bias.rate}
+        about = {**asdict(self.at), "steps": self.weight.steps, "rates": rates}
         file = io.BytesIO()
         np.savez(file, about=np.array(json.dumps(about)), **arrays)
         try:
@@ -346,18 +347,15 @@ class Trainer:
         try:
             with np.load(path, allow_pickle=False) as found:
                 about = json.loads(str(found["about"]))
-                steps = int(about.pop("steps"))
-                for name, part, rate in (
-                    ("weight", self.weight, self.schedule.rate),
-                    ("bias", self.bias, self.schedule.bias_rate),
-                ):
+                steps, rates = int(about.pop("steps")), about.pop("rates")
+                for name, part in (("weight", self.weight), ("bias", self.bias)):
                     for what in ("values", "velocity", "last"):
                         values = found[f"{name}_{what}"]
                         if values.shape != getattr(part, what).shape:
                             raise ValueError(f"{name} has the shape {values.shape}")
                         setattr(part, what, values)
                     part.steps = steps
-                    part.rate = rate * self.schedule.at(int(about["epoch"]))
+                    part.rate = float(rates[name])
                 self.at = Progressed(**about)
                 self.best = (found["best_weight"], found["best_bias"])
                 self.examples = found["examples"]

@@ -125,6 +125,9 @@ def combine(
     for row in scores.astype(np.float64)[:, uses]:
         sampled = row[-len(signs) :]
         values, errors, shares = contributions(signs, sampled)
+        reason = ONE_SEGMENT if count == 1 else SAME_SCORE if steady(sampled) else None
+        if reason:
+            values = np.zeros(count)
         correlation = correlations(signs, sampled)
         links, groups = linked(correlation, values, len(signs))
         single = row[0] - row[1 : 1 + count]
@@ -147,9 +150,8 @@ def combine(
             "max_correlation": float(f"{np.abs(correlation).max():.4g}"),
             "correlation_error": float(f"{1 / np.sqrt(len(signs)):.4g}"),
         }
-        if count == 1 or steady(sampled):
-            told["reason"] = ONE_SEGMENT if count == 1 else SAME_SCORE
-            values = np.zeros(count)
+        if reason:
+            told["reason"] = reason
         kept = {name: values.astype(np.float32) for name, values in named.items()}
         arrays.append({"segments": segments, **kept, "links": links, "group": groups})
         extras.append(told)

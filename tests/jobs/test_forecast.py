@@ -75,7 +75,7 @@ def test_what_fits_a_budget_is_named(make_model, photographs, tmp_path):
     whole = forecast(asked, budget=1e6, seconds=0.0)
     assert whole["fits"]
     assert whole["cheaper"] == []
-    budget = whole["start_seconds"] + 0.5 * (whole["seconds"] - whole["start_seconds"])
+    budget = whole["start_seconds"] + 0.2 * (whole["seconds"] - whole["start_seconds"])  # however busy the machine is
     told = []
     found = forecast(asked, budget=budget, seconds=0.0, tell=told.append)
     assert found["fits"] is False

@@ -349,14 +349,15 @@ def test_a_killed_training_resumes_to_the_same_curve(job, model, photos, tmp_pat
     np.testing.assert_allclose(found["l-cam/weight"], wanted["l-cam/weight"], rtol=1e-6)
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_a_signal_ends_after_the_batch_and_a_checkpoint(number, job, tmp_path, monkeypatch):
+@pytest.mark.parametrize(("number", "at"), [(signal.SIGINT, 5), (signal.SIGTERM, 4), (signal.SIGINT, 3)])
+def test_a_signal_ends_after_the_batch_and_a_checkpoint(number, at, job, tmp_path, monkeypatch):
+    """In the middle of an epoch, and after its last batch."""
     undisturbed = train(job(out=tmp_path / "whole.onnx"), "quiet")
     batch, count = Trainer.batch, []
 
     def signalled(self, rows, values, learn=True):
         count.append(learn)
-        if sum(count) == 5:
+        if sum(count) == at:
             os.kill(os.getpid(), number)
         return batch(self, rows, values, learn)
 
@@ -364,7 +365,7 @@ def test_a_signal_ends_after_the_batch_and_a_checkpoint(number, job, tmp_path, m
         patched.setattr(Trainer, "batch", signalled)
         with pytest.raises(KeyboardInterrupt if number == signal.SIGINT else IncompleteError, match="resumes"):
             train(job(), "quiet")
-    assert sum(count) == 5
+    assert sum(count) == at
     assert not (tmp_path / "out.onnx").exists()
     assert curve(train(job(), "quiet").history) == curve(undisturbed.history)
 
@@ -487,6 +488,11 @@ def test_where_it_is_written(job, model, tmp_path):
     (tmp_path / "there.onnx").write_bytes(b"something else")
     with pytest.raises(InputError, match="is there already"):
         train(job(out=tmp_path / "there.onnx"), "quiet")
+    train(job(run=tmp_path / "begun"), "quiet")
+    with pytest.raises(InputError, match="is there already"):
+        train(job(out=tmp_path / "there.onnx", run=tmp_path / "begun"), "quiet")
+    assert (tmp_path / "there.onnx").read_bytes() == b"something else"
+    (tmp_path / "out.onnx").unlink()
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "diary.txt").write_text("dear")
     with pytest.raises(InputError, match=r"holds 'diary.txt', which is not of a training"):
@@ -496,9 +502,33 @@ def test_where_it_is_written(job, model, tmp_path):
         train(job(model=tmp_path / "out.onnx", out=tmp_path / "twice.onnx"), "quiet")
 
 
-def test_a_loss_that_leaves_the_numbers_is_refused(job):
+@pytest.mark.parametrize("epochs", [1, 3])
+def test_a_loss_that_leaves_the_numbers_is_refused(job, epochs, tmp_path):
     with np.errstate(all="ignore"), pytest.raises(InputError, match=r"no longer finite.*a smaller --rate"):
-        train(job(rate=1e30), "quiet")
+        train(job(rate=1e38, epochs=epochs), "quiet")
+    assert not (tmp_path / "out.onnx").exists()
+
+
+def test_a_rate_that_changes_is_resumed_where_it_was(job, monkeypatch, tmp_path):
+    """Held-out losses that rise settle nothing, so that rows still owe steps of the old rate at an epoch's end."""
+    held, seen = Trainer._held_loss, []
+
+    def rising(self):
+        held(self)
+        seen.append(self.at.epoch)
+        if kill == len(seen):
+            os.kill(os.getpid(), signal.SIGINT)
+        return float(self.at.epoch)
+
+    monkeypatch.setattr(Trainer, "_held_loss", rising)
+    asked = {"epochs": 4, "preset": "vgg", "rate": 0.5}
+    kill = 0
+    whole = train(job(out=tmp_path / "whole.onnx", **asked), "quiet")
+    kill, seen[:] = 2, []
+    with pytest.raises(KeyboardInterrupt):
+        train(job(**asked), "quiet")
+    resumed = train(job(**asked), "quiet")
+    assert curve(resumed.history) == curve(whole.history)
 
 
 def test_a_disk_without_room_is_told_before_any_work(job, monkeypatch):
