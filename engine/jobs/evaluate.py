@@ -103,6 +103,8 @@ def evaluate(job: Evaluation, style: str = "auto") -> list[Evaluated]:
             raise InputError(f"no run has the method {asked!r}; {nearest(asked.casefold(), known)}")
     for run in opened:
         check_slices(run, job.by)
+        if not store.committed(run.path):
+            raise InputError(f"{run.path}: has no maps yet; heatmill explain makes them")
     with Signals() as signals:
         return [
             _resumable(run, metrics, methods, job, style, signals) for run, methods in zip(opened, chosen, strict=True)
@@ -140,8 +142,6 @@ def _evaluate(
 ) -> Evaluated:
     began = time.perf_counter()
     shards = sorted(store.committed(run.path))
-    if not shards:
-        raise InputError(f"{run.path}: has no maps yet; heatmill explain makes them")
     groups = [group for calls in together(metrics) for group in missing(run, calls, methods, shards)]
     stages: Counter[str] = Counter()
     if groups:

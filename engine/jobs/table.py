@@ -108,19 +108,25 @@ class Comparison:
     notes: tuple[str, ...]
 
     def leader(self, metric: str, entry: int) -> int | None:
-        """The entry with the best mean of a metric, among those of one entry's kind; None where there is no value."""
-        kind = self.entries[entry].kind
-        means = {
-            i: self.slices[0].cells[metric, i].mean
-            for i, other in enumerate(self.entries)
-            if other.kind == kind and self.slices[0].cells[metric, i].n
-        }
+        """The entry with the best mean of a metric, among those of one entry's kind.
+
+        Only those judged on the most images count: one that leaves hard images out would win by that. None where fewer
+        than two are left to compare.
+        """
+        kind, cells = self.entries[entry].kind, self.slices[0].cells
+        alike = [i for i, other in enumerate(self.entries) if other.kind == kind]
+        most = max(cells[metric, i].n for i in alike)
+        means = {i: cells[metric, i].mean for i in alike if cells[metric, i].n == most}
+        if len(means) < 2 or not most:
+            return None
         better = next(call.metric.better for call in self.metrics if call.text == metric)
-        return (max if better == "higher" else min)(means, key=means.__getitem__) if means else None
+        return (max if better == "higher" else min)(means, key=means.__getitem__)
 
     def level(self, metric: str, entry: int) -> bool:
         """Whether an entry can't be told from the best of a metric."""
         best = self.leader(metric, entry)
+        if best is None:
+            return False
         pairs = (d for d in self.differences if d.metric == metric and {d.a, d.b} == {best, entry})
         return entry == best or any(not d.distinguishable for d in pairs)
 
@@ -150,6 +156,18 @@ def check_slices(run: store.Run, by: Sequence[str]) -> None:
             raise InputError(f"--by correct: the images of {run.path} have no labels; a manifest can give them")
         if column not in ("class", "correct", "label"):
             _extra(run, plan, column)
+
+
+def _unsaid(runs: Sequence[store.Run], methods: Sequence[Sequence[str]]) -> list[str]:
+    """What the table leaves out of the runs: images without maps yet, and runs without a method that was asked for."""
+    notes = []
+    for run, calls in zip(runs, methods, strict=True):
+        done = len(store.committed(run.path))
+        if done < run.shards:
+            notes.append(f"{run.path}: {done} of {run.shards} shards have maps; the images of the others are left out")
+        if not calls:
+            notes.append(f"{run.path}: has none of the methods that were asked for, and is left out")
+    return notes
 
 
 def compare_metrics(
@@ -187,7 +205,7 @@ def compare_metrics(
     whole = [np.ones(len(names), bool)] * len(entries)
     everything = Slice("", "", len(names), _cells(calls, entries, columns, whole, resamples))
     slices: list[Slice] = [everything]
-    notes: list[str] = []
+    notes = _unsaid(runs, methods)
     for column in by:
         labels = [_slicing(runs[entry.run], entry, column, place) for entry in entries]
         counts = Counter(value for value in labels[0] if value is not None)

@@ -61,7 +61,8 @@ def table_text(found: Comparison) -> str:
                 lines.append(f"  {mark} {entry.label:{wide}}  {spread(cell)}  n={cell.n}{told}")
     legend = "mean [95% bootstrap interval]; ↑ higher is better, ↓ lower"
     if len(found.entries) > 1:
-        legend += "; * the best, = not distinguishable from it (the paired difference's interval holds 0)"
+        legend += "; * the best of those judged on the most images, = not distinguishable from it (the paired "
+        legend += "difference's interval holds 0)"
     return "\n".join([*lines, legend, *found.notes]) + "\n"
 
 
@@ -99,8 +100,8 @@ def table_markdown(found: Comparison) -> str:
         excluded = [f"- {text}" for text in _exclusions(found, part)]
         lines += [*excluded, ""] if excluded else []
     lines.append(
-        "Mean [95% bootstrap interval over images]. ↑ higher is better, ↓ lower. Bold: the best. ≈: not "
-        "distinguishable from the best, the interval of the paired difference holds 0."
+        "Mean [95% bootstrap interval over images]. ↑ higher is better, ↓ lower. Bold: the best of those "
+        "judged on the most images. ≈: not distinguishable from it, the interval of the paired difference holds 0."
     )
     return "\n".join([*lines, *found.notes]) + "\n"
 
@@ -230,8 +231,8 @@ def table_html(found: Comparison, runs: Sequence[Run]) -> str:
         f"<title>Evaluation - heatmill</title>\n<style>{STYLE}</style>\n</head>\n<body>",
         "<h1>Evaluation</h1>",
         f"<p>{html.escape(_models(runs))}</p>",
-        "<p>Mean, 95% bootstrap interval over images. ↑ higher is better, ↓ lower. Bold: the best. ≈: not "
-        "distinguishable from the best, as the interval of the paired difference holds 0.</p>",
+        "<p>Mean, 95% bootstrap interval over images. ↑ higher is better, ↓ lower. Bold: the best of those "
+        "judged on the most images. ≈: not distinguishable from it: the interval of the paired difference holds 0.</p>",
         *(f"<p>{html.escape(note)}</p>" for note in found.notes),
     ]
     for part in found.slices:

@@ -68,9 +68,10 @@ def cut(saliency: Array, ranks: Array, keep: float) -> Array:
 
 
 def _masked(subject: Subject, parameters: Parameters) -> Bank | None:
-    if not subject.saliency.max() > 0:
+    keep = float(parameters["keep"])
+    if not subject.saliency.max() > 0 or (keep < 1 and _even(subject)):  # no pixel comes before another
         return None
-    return MapBank(cut(subject.saliency, subject.ranks[subject.place], float(parameters["keep"]))[None])
+    return MapBank(cut(subject.saliency, subject.ranks[subject.place], keep)[None])
 
 
 def drop(full: float, masked: float) -> float | None:

@@ -12,9 +12,9 @@ from ..types import Array, Measured, Metric, Parameter, Parameters, Subject
 
 
 def relative_change(before: Array, after: Array, parameters: Parameters) -> float:
-    """`||after - before|| / ||before||` of two raw maps, by their Euclidean norms; a zero map counts as of norm 1."""
+    """`||after - before|| / ||before||` of two raw maps, by their Euclidean norms; NaN where the first is zero."""
     norm = float(np.linalg.norm(before.astype(np.float64)))
-    return float(np.linalg.norm(after.astype(np.float64) - before)) / (norm or 1.0)
+    return float(np.linalg.norm(after.astype(np.float64) - before)) / norm if norm else float("nan")
 
 
 def rank_correlation(before: Array, after: Array, parameters: Parameters) -> float:
@@ -32,6 +32,8 @@ def rank_correlation(before: Array, after: Array, parameters: Parameters) -> flo
 
 
 def _most(subject: Subject, full: float, scores: Array, parameters: Parameters) -> Measured:
+    if not np.isfinite(scores).all():
+        return Measured(None, scores.astype(np.float32), "flat", "the map is zero: no change can be seen beside it")
     return Measured(float(scores.max()), scores.astype(np.float32))
 
 

@@ -402,7 +402,7 @@ def test_maps_made_again_are_compared():
     a, b = RNG.normal(size=(2, 5, 6))
     wanted = np.sqrt(sum((x - y) ** 2 for x, y in zip(a.ravel(), b.ravel(), strict=True)))
     assert relative_change(a, b, {}) == pytest.approx(wanted / np.sqrt((a**2).sum()))
-    assert relative_change(np.zeros((2, 2)), np.ones((2, 2)), {}) == 2, "a zero map counts as of norm 1"
+    assert np.isnan(relative_change(np.zeros((2, 2)), np.ones((2, 2)), {})), "beside a zero map nothing can be said"
     tied = np.round(b, 0)
     for sign, f in (("kept", lambda v: v), ("ignored", np.abs)):
         wanted = stats.spearmanr(f(a).ravel(), f(tied).ravel()).statistic
@@ -424,6 +424,17 @@ def test_a_flat_map_is_no_value(path, name):
     assert only.value is None
     assert only.status == ("not_stated" if name in STATED else "flat")
     assert only.reason
+
+
+@pytest.mark.parametrize(
+    ("name", "flat"), [("average-drop:keep=0.5", True), ("average-drop", False), ("deletion", True)]
+)
+def test_an_even_map_puts_no_pixel_before_another(path, name, flat):
+    even = subjects([np.full(SIZE, 0.7, np.float32)])
+    found, _ = measured(path, [name], [[even]], pictures(1, SIZE), targets=((0,),))
+    (only,) = found[f"{name} of 0", 0]
+    assert (only.status == "flat") == flat
+    assert (only.value is None) == flat
 
 
 @pytest.mark.parametrize("status", ["no_boxes", "box_outside"])

@@ -24,6 +24,7 @@ from heatmill.engine.jobs import measures, store, worker
 from heatmill.engine.jobs import plan as plans
 from heatmill.engine.jobs.evaluate import Evaluation, evaluate, input_boxes
 from heatmill.engine.jobs.plan import Job
+from heatmill.engine.jobs.table import compare_metrics
 from heatmill.engine.metrics import PRESETS, parse_metrics
 from heatmill.engine.trial import Trial
 from heatmill.engine.types import RankBank
@@ -284,6 +285,10 @@ def test_only_shards_with_maps_are_evaluated(run, capsys):
     assert found.shards == (3, 4)
     assert "has 3 of 4 shards" in capsys.readouterr().err
     assert {row["row"] for row in rows(run)} == {0, 1, 4, 5, 6}
+    opened = store.open_run(run)
+    calls = [method["call"] for method in opened.settings["methods"]]
+    table = compare_metrics([opened], ["sparseness"], [calls])
+    assert table.notes == (f"{run}: 3 of 4 shards have maps; the images of the others are left out",)
     for part in (run / "data").iterdir():
         part.unlink()
     with pytest.raises(InputError, match="no maps yet"):

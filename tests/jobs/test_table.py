@@ -25,6 +25,8 @@ N = 60
 class FakeRun:
     """What the table reads of a run: its settings, plan, rows and metric rows."""
 
+    shards = 0
+
     def __init__(self, path, values, *, methods=("a", "b"), targets=(("predicted", 0),), ids=None, boxed=None):
         """values: {(metric text, method): (n,) numbers, NaN for a row without}, or curves (n, p)."""
         self.path, self.values = path, values
@@ -138,6 +140,19 @@ def test_a_constant_difference_is_told_and_noise_is_not(tmp_path):
     leader = found.leader("insertion", 0)
     assert leader == max(range(3), key=lambda i: found.slices[0].cells["insertion", i].mean)
     assert found.level("insertion", leader)
+
+
+def test_who_leaves_images_out_is_not_the_best(tmp_path):
+    """b beats nobody: it was judged on the easier half alone."""
+    a = np.where(np.arange(N) % 2, 0.9, 0.1)
+    b, c = np.where(np.arange(N) % 2, 0.8, np.nan), a - 0.05
+    values = {("insertion", name): column for name, column in (("a", a), ("b", b), ("c", c))}
+    found = compared(tmp_path, values, metrics=["insertion"], methods=("a", "b", "c"))
+    assert found.leader("insertion", 1) == 0
+    assert [found.level("insertion", i) for i in range(3)] == [True, False, False]
+    alone = compared(tmp_path / "two", {**values}, metrics=["insertion"], methods=("a", "b"))
+    assert alone.leader("insertion", 0) is None, "two that were judged on other images"
+    assert not alone.level("insertion", 0)
 
 
 def test_rows_without_a_value_are_counted_and_left_out(tmp_path):
