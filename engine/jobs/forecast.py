@@ -169,7 +169,7 @@ def forecast(
         "cheaper": [],
     }
     if budget is not None and found["seconds"] > budget:
-        answer["cheaper"] = _cheaper(costs, loaded, items, budget, found, tell)
+        answer["cheaper"] = _cheaper(costs, loaded, _with_a_layer(job, loaded), items, budget, found, tell)
     return answer
 
 
@@ -278,9 +278,20 @@ def _bytes(explanation: Explanation) -> int:
     return ROW_BYTES + extra + explanation.map.nbytes
 
 
+def _with_a_layer(job: Job, loaded: Loaded) -> Loaded:
+    """The model opened for methods that read a layer too, where it has one."""
+    if loaded.facts.tap is not None:
+        return loaded
+    try:
+        return plans.open_job(replace(job, methods=("score-cam",)))[0]
+    except HeatmillError:
+        return loaded
+
+
 def _cheaper(
     costs: _Costs,
     loaded: Loaded,
+    opened: Loaded,
     items: Sequence[Item],
     budget: float,
     asked: Mapping[str, Any],
@@ -290,16 +301,16 @@ def _cheaper(
 
     Those whose passes would take longer, at the pace of the asked methods, are not tried.
     """
-    names = {call.method.name for call in loaded.calls}
+    names, facts = {call.method.name for call in loaded.calls}, opened.facts
     passes = sum(each["forward"] + each["backward"] + each["head"] for each in asked["methods"])
     pace = sum(each["seconds_per_image"] for each in asked["methods"]) / max(passes, 1)
     candidates = []
     for name, method in METHODS.items():
         call = MethodCall(method, {key: parameter.default for key, parameter in method.parameters.items()})
-        if name in names or (call.needs_tap and loaded.facts.tap is None):
+        if name in names or (call.needs_tap and facts.tap is None):
             continue
-        if not method.refuses(loaded.facts, call.parameters):
-            candidates.append((method.passes(loaded.facts, call.parameters), call))
+        if not method.refuses(facts, call.parameters):
+            candidates.append((method.passes(facts, call.parameters), call))
     found: list[dict[str, Any]] = []
     known: dict[Any, str | None] = {}
     for count, call in sorted(candidates, key=lambda candidate: -candidate[0]):
@@ -307,7 +318,7 @@ def _cheaper(
             break
         if costs.images * count * pace > SPARE * budget:
             continue
-        other = replace(loaded, calls=(call,))
+        other = replace(opened, calls=(call,))
         try:
             check_backward(other, known)
             tell(f"trying {call.text}")

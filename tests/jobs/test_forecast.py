@@ -14,6 +14,9 @@ from heatmill.engine.jobs import forecast as forecasts
 from heatmill.engine.jobs import job as jobs
 from heatmill.engine.jobs.forecast import duration, forecast, forecast_text, parse_budget
 from heatmill.engine.jobs.plan import Job
+from heatmill.engine.methods import METHODS as METHODS_TABLE
+from heatmill.engine.opening import load
+from heatmill.engine.trial import Trial
 
 # One through the network, one there and back with the observation, one there and back by rows, one through the head,
 # one of two stages, one of nothing but the observation.
@@ -70,22 +73,43 @@ def test_observations_alone_are_timed_in_full_batches(make_model, photographs, t
     assert "rides with the observation" in forecast_text(found)
 
 
-def test_what_fits_a_budget_is_named(make_model, photographs, tmp_path):
-    asked = job(make_model(), photographs, tmp_path / "run", ["rise:masks=100000"])
-    whole = forecast(asked, budget=1e6, seconds=0.0)
-    assert whole["fits"]
-    assert whole["cheaper"] == []
-    budget = whole["start_seconds"] + 0.2 * (whole["seconds"] - whole["start_seconds"])  # however busy the machine is
+def test_what_fits_a_budget_is_named(make_model, photographs, tmp_path, monkeypatch):
+    """At 10 ms a pass: of those that fit, the costliest, as many as are named."""
+
+    def priced(loaded, *others):
+        methods = [
+            {
+                "method": call.text,
+                **dict.fromkeys(("forward", "backward", "head", "shared"), 0),
+                "forward": call.method.passes(loaded.facts, call.parameters),
+                "observation": "forward",
+                "seconds_per_image": 0.01 * call.method.passes(loaded.facts, call.parameters),
+                "bytes_per_image": 10,
+            }
+            for call in loaded.calls
+        ]
+        return {"methods": methods, "observe_seconds_per_image": 0.02, "opened": 0.5, "on_device": False}
+
+    trial = Trial("onnxruntime", "cpu", "fp32", "1", 8, True, 5, 100.0)
+    monkeypatch.setattr(forecasts, "probe_job", lambda *given: trial)
+    monkeypatch.setattr(forecasts, "_rehearsed", priced)
+    monkeypatch.setattr(forecasts, "_sampled", lambda loaded, source: ([0], 0.0))
+    asked = job(make_model(), photographs, tmp_path / "run", ["rise:masks=1000"])
+    assert forecast(asked, budget=61)["fits"]
     told = []
-    found = forecast(asked, budget=budget, seconds=0.0, tell=told.append)
+    found = forecast(asked, budget=20.0, tell=told.append)
     assert found["fits"] is False
-    names = {each["method"] for each in found["cheaper"]}
-    assert names
-    assert names <= {line.removeprefix("trying ") for line in told}
+    assert found["seconds"] == pytest.approx(60.62, abs=0.1)
+    loaded = load(asked.model, ["cam"])
+    seconds = {}
+    for name, method in METHODS_TABLE.items():
+        values = {key: parameter.default for key, parameter in method.parameters.items()}
+        if name != "rise" and not method.refuses(loaded.facts, values):
+            seconds[name] = 0.5 + 6 * (0.02 + 0.01 * method.passes(loaded.facts, values))
+    fitting = sorted((cost for cost in seconds.values() if cost < 19.9), reverse=True)
     costs = [each["seconds"] for each in found["cheaper"]]
-    assert costs == sorted(costs, reverse=True)
-    assert 0 < min(costs) <= max(costs) <= budget
-    assert "rise" not in names
+    assert costs == pytest.approx(fitting[: forecasts.OFFERED], abs=0.1)
+    assert {f"trying {each['method']}" for each in found["cheaper"]} <= set(told)
     assert "these would, each alone, all included" in forecast_text(found)
 
 
