@@ -1,9 +1,10 @@
 """The figures of the README, each by one command; every figure goes to a JSON file under benchmarks/results.
 
-    python benchmarks/figures.py accuracy overhead memory startup settings plan resume [--data ../shared/data]
+    python benchmarks/figures.py accuracy overhead methods memory startup settings plan resume [--data ../shared/data]
 
 accuracy   Score-CAM official on the real models against a literal full-resolution loop
 overhead   share of wall time outside the network, Score-CAM and RISE (4000 masks), `heatmill bench`
+methods    share of wall time outside the network on ResNet-50, each method at its default, `heatmill bench`
 memory     peak memory over the bare session's, for 512 and 2048 masks and for 10 and 1000 images
 startup    `heatmill methods` from the shell
 settings   ONNX Runtime's threads, spinning and arena, rows/s of the bare network
@@ -131,6 +132,29 @@ def overhead(data: Path) -> dict[str, Any]:
             rounds = 1 if name == "resnet50" else 3  # a round of ResNet-50 is minutes long
             results[f"{name} {method}"] = cli("bench", model, images, "-m", method, "--limit", 1, "--rounds", rounds)
     return results
+
+
+def methods(data: Path) -> dict[str, Any]:
+    """One image where a method makes hundreds of passes, 48 where it makes few: starting is not what is asked."""
+    many = (
+        "score-cam",
+        "cf-cam",
+        "sidu",
+        "sise",
+        "ada-sise",
+        "occlusion",
+        "lime",
+        "kernel-shap",
+        "ablation-ca",
+        "xrai",
+    )
+    few = ("group-cam", "faster-score-cam", "cluster-cam", "ablation-cam", "recipro-cam", "grad-cam")
+    asked = {**dict.fromkeys((*many, "ablation-ca", "rise:masks=2048"), 1), **dict.fromkeys(few, 48)}
+    model, images = data / "models" / "resnet50.onnx", data / "images" / "ccby"
+    return {
+        method: cli("bench", model, images, "-m", method, "--limit", limit, "--rounds", 1)
+        for method, limit in asked.items()
+    }
 
 
 def memory(data: Path) -> dict[str, Any]:
@@ -304,6 +328,7 @@ def resume(data: Path, kills: int = 20, images: int = 60) -> dict[str, Any]:
 FIGURES = {
     "accuracy": accuracy,
     "overhead": overhead,
+    "methods": methods,
     "memory": memory,
     "startup": startup,
     "settings": settings,
