@@ -153,6 +153,22 @@ def job_options(command: Command) -> Command:
     return command
 
 
+workers_option = click.option(
+    "--workers", type=click.IntRange(1, 256), help="Threads that decode images [default: the cores]."
+)
+max_bad_option = click.option(
+    "--max-bad",
+    default=0.01,
+    show_default=True,
+    type=click.FloatRange(0, 1),
+    help="Share of bad images above which the exit code is 3.",
+)
+quiet_option = click.option("--quiet", is_flag=True, help="No progress.")
+log_format_option = click.option(
+    "--log-format", type=click.Choice(["auto", "json"]), default="auto", help="Of progress on stderr."
+)
+
+
 def common_options(command: Command) -> Command:
     """Flags of every command."""
     command = click.option("--json", "as_json", is_flag=True, help="One JSON object on stdout.")(command)
@@ -240,19 +256,13 @@ def main() -> None:
 @job_options
 @model_options
 @session_options
-@click.option("--workers", type=click.IntRange(1, 256), help="Threads that decode images [default: the cores].")
-@click.option(
-    "--max-bad",
-    default=0.01,
-    show_default=True,
-    type=click.FloatRange(0, 1),
-    help="Share of bad images above which the exit code is 3.",
-)
+@workers_option
+@max_bad_option
 @click.option("--overwrite", is_flag=True, help="Remove an existing run in the folder first.")
 @click.option("--save-overlays", is_flag=True, help="Write a PNG per map to OUT/report/overlays.")
 @click.option("--dry-run", is_flag=True, help="Say what the run will cost, as heatmill plan does, and do nothing.")
-@click.option("--quiet", is_flag=True, help="No progress.")
-@click.option("--log-format", type=click.Choice(["auto", "json"]), default="auto", help="Of progress on stderr.")
+@quiet_option
+@log_format_option
 @click.option(
     "--config",
     type=click.Path(path_type=Path, dir_okay=False),
@@ -283,7 +293,7 @@ def explain(**options: Any) -> int:
     job = _job(options)
     from .engine.jobs.job import explain as run_job
 
-    style = "quiet" if options["quiet"] else "json" if options["log_format"] == "json" else "auto"
+    style = _style(options["quiet"], options["log_format"])
     summary = run_job(job, style)
     overlays = None
     if options["save_overlays"]:
@@ -308,6 +318,11 @@ def explain(**options: Any) -> int:
         share = f"{summary.bad} of {summary.images} images are bad, more than --max-bad {options['max_bad']:g} allows"
         click.echo(f"heatmill: {share}; heatmill report {summary.run} lists them", err=True)
     return summary.exit_code
+
+
+def _style(quiet: bool, log_format: str) -> str:
+    """How progress is shown; see `Progress`."""
+    return "quiet" if quiet else "json" if log_format == "json" else "auto"
 
 
 def _job(options: dict[str, Any]) -> Job:
@@ -473,8 +488,8 @@ def verify(run: Path, as_json: bool, debug: bool) -> int:
 @click.option("--by", multiple=True, metavar="COLUMN", help="Slice by class, correct, label or a manifest's column.")
 @click.option("-o", "--out", type=click.Path(path_type=Path), help="Folder of the table [RUN/report/evaluation].")
 @click.option("--model", type=click.Path(path_type=Path), help="Where the model file is now [where it was].")
-@click.option("--workers", type=click.IntRange(1, 256), help="Threads that decode images [default: the cores].")
-@click.option("--quiet", is_flag=True, help="No progress.")
+@workers_option
+@quiet_option
 @click.option(
     "--list",
     "listed",
@@ -713,17 +728,11 @@ def bench(model: Path, inputs: tuple[Path, ...], as_json: bool, debug: bool, **o
 @model_options
 @click.option("--backend", default="auto", show_default=True, help="auto, reference or onnxruntime.")
 @click.option("--provider", help="The backend's provider [default: the fastest].")
-@click.option("--workers", type=click.IntRange(1, 256), help="Threads that decode images [default: the cores].")
-@click.option(
-    "--max-bad",
-    default=0.01,
-    show_default=True,
-    type=click.FloatRange(0, 1),
-    help="Share of bad images above which the exit code is 3.",
-)
+@workers_option
+@max_bad_option
 @click.option("--overwrite", is_flag=True, help="Train anew; features that are still right are kept.")
-@click.option("--quiet", is_flag=True, help="No progress.")
-@click.option("--log-format", type=click.Choice(["auto", "json"]), default="auto", help="Of progress on stderr.")
+@quiet_option
+@log_format_option
 @common_options
 def train_lcam(as_json: bool, debug: bool, quiet: bool, log_format: str, **options: Any) -> int:
     """Train L-CAM's attention on a frozen classifier: afterwards one pass explains an image for any class.
@@ -736,8 +745,7 @@ def train_lcam(as_json: bool, debug: bool, quiet: bool, log_format: str, **optio
     from .engine.jobs.train import train
     from .engine.jobs.train_settings import TrainJob
 
-    style = "quiet" if quiet else "json" if log_format == "json" else "auto"
-    trained = train(TrainJob(**options), style)
+    trained = train(TrainJob(**options), _style(quiet, log_format))
     if as_json:
         click.echo(json.dumps({field.name: getattr(trained, field.name) for field in fields(trained)}))
     else:

@@ -40,6 +40,11 @@ from .types import (
 )
 
 
+def _channels_first(image: Array, spec: ModelSpec, make: Callable[[Array], Array]) -> Array:
+    """What `make` gives of an image (c, H, W), in the network's own layout."""
+    return make(image) if spec.layout == "NCHW" else make(image.transpose(2, 0, 1)).transpose(1, 2, 0)
+
+
 def _black(image: Array, spec: ModelSpec) -> Array:
     pixels = np.zeros((*spec.input_size[1:], spec.input_size[0]), dtype=np.uint8)
     return normalise(pixels, spec, str(image.dtype))
@@ -52,22 +57,15 @@ def _mean(image: Array, spec: ModelSpec) -> Array:
 
 def _blurred(image: Array, spec: ModelSpec, size: str = "51", sigma: str = "50") -> Array:
     """Kernel size and sigma are Group-CAM's where none are given."""
-    kernel, deviation = int(size), float(sigma)
-    if spec.layout == "NCHW":
-        return host.blur(image.astype(np.float32), kernel, deviation)
-    return host.blur(image.transpose(2, 0, 1).astype(np.float32), kernel, deviation).transpose(1, 2, 0)
+    return _channels_first(image, spec, lambda each: host.blur(each.astype(np.float32), int(size), float(sigma)))
 
 
 def _rise_blurred(image: Array, spec: ModelSpec) -> Array:
-    if spec.layout == "NCHW":
-        return host.rise_blur(image.astype(np.float32))
-    return host.rise_blur(image.transpose(2, 0, 1).astype(np.float32)).transpose(1, 2, 0)
+    return _channels_first(image, spec, lambda each: host.rise_blur(each.astype(np.float32)))
 
 
 def _segment_means(image: Array, spec: ModelSpec, segments: Array) -> Array:
-    if spec.layout == "NCHW":
-        return host.segment_means(image, segments)
-    return host.segment_means(image.transpose(2, 0, 1), segments).transpose(1, 2, 0)
+    return _channels_first(image, spec, lambda each: host.segment_means(each, segments))
 
 
 def _least(image: Array, spec: ModelSpec) -> Array:
@@ -209,10 +207,14 @@ class HostCanvas:
 
     def _noisy(self, item: Item, name: str, draw: int, share: float) -> Array:
         """The image plus a draw of Gaussian noise that depends on the seed, the image, the method and its number."""
-        stream = [0, 0, crc32(name.encode()), draw]
-        generator = np.random.Generator(np.random.Philox(key=random_key(self._seed, item), counter=stream))
+        generator = self._random(item, name, draw)
         deviation = share * (float(item.image.max()) - float(item.image.min()))
         return np.asarray(item.image + deviation * generator.standard_normal(item.image.shape, dtype=np.float32))
+
+    def _random(self, item: Item, name: str, number: int) -> np.random.Generator:
+        """Random numbers of an image, a stream for each name and number."""
+        stream = [0, 0, crc32(name.encode()), number]
+        return np.random.Generator(np.random.Philox(key=random_key(self._seed, item), counter=stream))
 
     def _road_noise(self, item: Item, bank: Bank, rows: slice) -> Array:
         """Standard normal numbers for imputed rows; those of one image are the same for every map and order."""
@@ -220,9 +222,7 @@ class HostCanvas:
             raise ValueError("only rank masks are imputed")
         noise = np.empty((rows.stop - rows.start, *item.image.shape), dtype=np.float32)
         for out, threshold in zip(noise, bank.thresholds[rows], strict=True):
-            stream = [0, 0, crc32(ROAD.encode()), int(threshold)]
-            generator = np.random.Generator(np.random.Philox(key=random_key(self._seed, item), counter=stream))
-            generator.standard_normal(dtype=np.float32, out=out)
+            self._random(item, ROAD, int(threshold)).standard_normal(dtype=np.float32, out=out)
         return noise
 
 

@@ -46,12 +46,8 @@ class Loaded:
 
     @property
     def posterior(self) -> str:
-        """How raw scores become posteriors: softmax, sigmoid, or none where the graph's own output is one."""
-        if self.spec.output == "logits":
-            return "softmax"
-        if self.scores == self.model.output:
-            return "none"
-        return {"probabilities": "softmax", "sigmoid": "sigmoid"}[self.spec.output]
+        """How raw scores become posteriors; see `Facts.posterior`."""
+        return self.facts.posterior
 
     @property
     def needs_weights(self) -> bool:

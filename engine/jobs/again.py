@@ -22,8 +22,9 @@ from ..opening import Loaded
 from ..passes import open_passes
 from ..types import Array, Item, Measured, MetricCall, Subject
 from . import plan as plans
+from .ahead import ahead
 from .stored import Maps, Stored, refused, targets_of
-from .worker import Prepared, ahead
+from .worker import Prepared
 
 Place = tuple[int, int, int]  # plan row, method, target
 NOTHING = Subject(np.empty((0, 0)), np.empty((0, 0, 0)), 0, np.empty((0, 4)), "no_boxes", {})

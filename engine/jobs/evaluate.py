@@ -26,12 +26,13 @@ from ..types import Array, Explanation, Item, Measured, MetricCall, Subject, nea
 from . import measures, store
 from . import plan as plans
 from .again import remade
+from .ahead import ahead
 from .job import Signals, lock
 from .progress import Progress
 from .store import Row
 from .stored import Maps, Stored, refused, targets_of
 from .table import check_slices
-from .worker import Prepared, ahead
+from .worker import Prepared
 
 BLOCK_SECONDS = 60.0
 

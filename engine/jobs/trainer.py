@@ -5,7 +5,6 @@ from __future__ import annotations
 import io
 import json
 import time
-from collections import deque
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
@@ -25,6 +24,7 @@ from ..opening import Loaded
 from ..passes import open_entropy
 from ..types import Array
 from . import store
+from .ahead import ahead
 from .features import Features, forward
 from .job import Signals
 from .progress import Progress
@@ -225,13 +225,9 @@ class Trainer:
     def _ahead(self, order: Array) -> Iterator[tuple[Array, Array]]:
         """Batches of rows with their values; the next one is read while one is at work."""
         size = self.schedule.batch_size
-        batches = deque(order[start : start + size] for start in range(0, len(order), size))
+        batches = (order[start : start + size] for start in range(0, len(order), size))
         with ThreadPoolExecutor(1) as pool:
-            coming = pool.submit(self.features.take, batches[0]) if batches else None
-            while coming is not None:
-                rows, values = batches.popleft(), coming.result()
-                coming = pool.submit(self.features.take, batches[0]) if batches else None
-                yield rows, values
+            yield from ahead(pool, 2, batches, self.features.take)
 
     def run(self, style: str, signals: Signals) -> None:
         """Train to the end, from where the checkpoint is.

@@ -11,15 +11,13 @@ import math
 import os
 import time
 import traceback
-from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from functools import partial
-from itertools import islice
 from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 from ... import BackendError, HeatmillError, IncompleteError
 from ...kernels.device import OutOfMemory
@@ -34,12 +32,10 @@ from ..trial import ran_out_of_memory
 from ..types import Array, Explanation, Item, target_rows
 from . import plan as plans
 from . import sources, store
+from .ahead import ahead
 from .child import settle
 
 REPORT_SECONDS = 0.2
-
-T = TypeVar("T")
-U = TypeVar("U")
 
 
 class Marks:
@@ -387,15 +383,3 @@ def prepared_ahead(
     """Rows of a plan in their order, prepared by threads while those before them are used; at most `window` wait."""
     how = (loaded.spec, loaded.model.input.dtype, loaded.segmentations)
     return ahead(pool, window, rows, lambda row: prepare(row, *how))
-
-
-def ahead(pool: ThreadPoolExecutor, window: int, values: Iterable[T], work: Callable[[T], U]) -> Iterator[tuple[T, U]]:
-    """Values in their order with what threads make of them; at most `window` wait."""
-    waiting = iter(values)
-    coming: deque[tuple[T, Future[U]]] = deque()
-    while True:
-        coming.extend((value, pool.submit(work, value)) for value in islice(waiting, window - len(coming)))
-        if not coming:
-            return
-        value, future = coming.popleft()
-        yield value, future.result()

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import csv
-from collections import Counter, deque
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import groupby, islice
@@ -16,6 +16,7 @@ import numpy as np
 import numpy.typing as npt
 
 from ...backends.base import usable_cores
+from ..ahead import ahead
 from ..report import placed
 from ..store import Row, Run
 
@@ -102,14 +103,9 @@ def in_threads(make: Callable[[Item], Made], items: Iterable[Item]) -> Iterator[
     """What `make` gives for each of many items, in their order; a few are in work at a time."""
     workers = usable_cores()
     with ThreadPoolExecutor(workers) as pool:
-        pending: deque[Future[Made]] = deque()
         try:
-            for item in items:
-                pending.append(pool.submit(make, item))
-                if len(pending) > 2 * workers:
-                    yield pending.popleft().result()
-            while pending:
-                yield pending.popleft().result()
+            for _, made in ahead(pool, 2 * workers + 1, items, make):
+                yield made
         finally:
             pool.shutdown(cancel_futures=True)
 
